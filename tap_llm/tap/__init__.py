@@ -1,0 +1,24 @@
+"""TAP: the promptable model, its processor and its configuration."""
+
+from .caption_decoder import TapCaptionDecoder, TapTextModel
+from .configuration_tap import TapConfig, TapMaskDecoderConfig, TapPromptConfig, TapTextConfig, TapVisionConfig
+from .mask_decoder import TapMaskDecoder
+from .modeling_tap import TapForConditionalGeneration, TapModel, TapOutput
+from .prompt_encoder import TapPromptEncoder
+from .vision_encoder import TapVisionEncoder
+
+__all__ = [
+    "TapCaptionDecoder",
+    "TapConfig",
+    "TapForConditionalGeneration",
+    "TapMaskDecoder",
+    "TapMaskDecoderConfig",
+    "TapModel",
+    "TapOutput",
+    "TapPromptConfig",
+    "TapPromptEncoder",
+    "TapTextConfig",
+    "TapTextModel",
+    "TapVisionConfig",
+    "TapVisionEncoder",
+]

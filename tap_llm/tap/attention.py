@@ -1,0 +1,50 @@
+"""Reference attention, shared by the parts of TAP; other back-ends come from Transformers' attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention that also returns its weights.
+
+    Args:
+        module: the attention module, for its training flag.
+        query: (N, heads, T, head_dim).
+        key: (N, heads, S, head_dim).
+        value: (N, heads, S, head_dim).
+        attention_mask: additive, broadcastable to (N, heads, T, S), or None.
+        scaling: factor on the scores.
+        dropout: probability of dropping an attention weight.
+        position_bias: added to the scaled scores, broadcastable to (N, heads, T, S), or None.
+        kwargs: ignored.
+
+    Returns:
+        Output (N, T, heads, head_dim) and attention weights (N, heads, T, S).
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def split_heads(hidden_states: Tensor, num_heads: int) -> Tensor:
+    """(N, T, heads * head_dim) -> (N, heads, T, head_dim)."""
+    return hidden_states.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -1,0 +1,429 @@
+"""TAP (Tokenize Anything via Prompting, arXiv:2312.09128): the promptable model and its captioning form.
+
+A region is a row: prompts on any number of images form one flat batch of N rows, and `region_image_index` says which
+image each row lies on. The parts live beside this file; here they are put together.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .caption_decoder import TapCaptionDecoder
+from .configuration_tap import TapConfig
+from .generation import can_drop_rows, decode_dropping_finished
+from .mask_decoder import TapMaskDecoder, TapMaskDecoderOutput
+from .prompt_encoder import LABEL_TOP_LEFT, TapPromptEncoder, attended_points
+from .vision_encoder import TapVisionEncoder
+
+# Captions decoded at a time: bounds the cache (2 MB a row at the official size), never changes a greedy caption.
+CAPTION_CHUNK_SIZE = 128
+
+
+@dataclass
+class TapOutput(ModelOutput):
+    """Output of [`TapModel`] and [`TapForConditionalGeneration`].
+
+    Args:
+        loss: caption loss, with `labels`.
+        logits: (N, L, V) caption logits on the text positions, with `labels`.
+        pred_masks: (N, 4, 4G, 4G) low-resolution mask logits; slot 0 answers boxes, slots 1 to 3 points.
+        iou_scores: (N, 4) float32 predicted IoU; linear, so it can leave [0, 1].
+        semantic_tokens: (N, 4, D), prefix of the caption decoder.
+        semantic_embeds: (N, 4, E), to compare with concepts.
+        slots: (N,) int64, the routed slot of each region.
+        image_embeddings: (B, D, G, G), to be given again for further prompts.
+        vision_hidden_states: hidden states of the image encoder, on request.
+        vision_attentions: attention weights of the image encoder, on request.
+        mask_decoder_attentions: attention weights of the region decoder, on request.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    pred_masks: Tensor | None = None
+    iou_scores: Tensor | None = None
+    semantic_tokens: Tensor | None = None
+    semantic_embeds: Tensor | None = None
+    slots: Tensor | None = None
+    image_embeddings: Tensor | None = None
+    vision_hidden_states: tuple[Tensor, ...] | None = None
+    vision_attentions: tuple[Tensor, ...] | None = None
+    mask_decoder_attentions: tuple[Tensor, ...] | None = None
+
+
+def route_slots(iou_scores: Tensor, input_labels: Tensor) -> Tensor:
+    """Slot that answers each prompt: 0 for a box, the best of the others for points (TAP, section 3).
+
+    Args:
+        iou_scores: (N, 4) predicted IoU.
+        input_labels: (N, n); a box prompt starts with its top-left corner.
+
+    Returns:
+        (N,) int64.
+    """
+    is_box = input_labels[:, 0] == LABEL_TOP_LEFT
+    return torch.where(is_box, 0, 1 + iou_scores[:, 1:].argmax(dim=-1))
+
+
+def take_slots(per_slot: Tensor, slots: Tensor) -> Tensor:
+    """(N, 4, ...) and (N,) -> (N, ...)."""
+    return per_slot[torch.arange(len(slots), device=per_slot.device), slots.to(per_slot.device)]
+
+
+class TapPreTrainedModel(PreTrainedModel):
+    """Base of the TAP models."""
+
+    config: TapConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TapVisionLayer", "TapBottleneck", "TapVisionNeck", "TapMaskDecoderLayer",
+                         "TapMaskUpscaler", "TapTextLayer"]  # fmt: skip
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["coord_matrix"]
+    _supports_sdpa = True
+    _supports_flash_attn = True  # asked of every part; only the caption decoder says yes in the end
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TapPromptEncoder):
+            init.normal_(module.coord_matrix, std=module.config.scale)
+
+    def fold_batch_norm(self) -> TapPreTrainedModel:
+        """Fold BatchNorm into convolutions, in place, for faster inference; the model can then not be trained or saved.
+
+        Returns:
+            itself.
+        """
+        for module in self.modules():
+            if isinstance(module, TapVisionEncoder):
+                module.fold_batch_norm()
+        return self.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; raises ValueError for a model whose BatchNorm was folded."""
+        if any(isinstance(m, TapVisionEncoder) and m.batch_norm_folded for m in self.modules()):
+            raise ValueError("this model's BatchNorm was folded for inference: load it again to save it")
+        super().save_pretrained(*args, **kwargs)
+
+
+class TapModel(TapPreTrainedModel):
+    """Images and prompts in; masks, scores, semantic tokens and embeddings out."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^caption_decoder\."]
+
+    def __init__(self, config: TapConfig) -> None:
+        super().__init__(config)
+        self.vision_encoder = TapVisionEncoder(config.vision_config)
+        self.prompt_encoder = TapPromptEncoder(config.prompt_config)
+        self.mask_decoder = TapMaskDecoder(config.mask_decoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.vision_encoder.get_input_embeddings()
+
+    def get_image_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """Encode images once, to prompt them any number of times.
+
+        Args:
+            pixel_values: (B, 3, S, S) from the processor.
+
+        Returns:
+            (B, D, G, G).
+        """
+        return self.vision_encoder(pixel_values).last_hidden_state
+
+    def _check_rows(
+        self, input_points: Tensor | None, input_labels: Tensor | None, index: Tensor | None, num_images: int
+    ) -> Tensor:
+        """Validate the flat rows and return `region_image_index` (N,)."""
+        if input_points is None or input_labels is None:
+            raise ValueError("TAP needs input_points (N, n, 2) and input_labels (N, n): call the processor with regions")
+        if input_points.shape[:2] != input_labels.shape or input_points.shape[-1] != 2:
+            raise ValueError(
+                f"input_points must be (N, n, 2) and input_labels (N, n), got {tuple(input_points.shape)} and "
+                f"{tuple(input_labels.shape)}"
+            )
+        rows = input_points.shape[0]
+        if index is not None:
+            if index.shape != (rows,):
+                raise ValueError(f"region_image_index must be ({rows},), one image per region, got {tuple(index.shape)}")
+            return index
+        if num_images == 1:
+            return torch.zeros(rows, dtype=torch.long, device=input_points.device)
+        if num_images != rows:
+            raise ValueError(
+                f"{rows} regions on {num_images} images: give region_image_index to say which region is on which image"
+            )
+        return torch.arange(rows, device=input_points.device)
+
+    def _decode(
+        self, image_embeddings: Tensor, input_points: Tensor, input_labels: Tensor, index: Tensor, **kwargs: Any
+    ) -> TapMaskDecoderOutput:
+        """Decode all rows at once."""
+        return self.mask_decoder(
+            image_embeddings=image_embeddings,
+            image_positions=self.prompt_encoder.grid_encoding(image_embeddings.shape[-1]),
+            prompt_tokens=self.prompt_encoder(input_points, input_labels),
+            region_image_index=index,
+            attended=attended_points(input_labels),
+            **kwargs,
+        )
+
+    def _decode_in_chunks(self, image_embeddings: Tensor, *rows: Tensor, **kwargs: Any) -> TapMaskDecoderOutput:
+        """Decode the rows `region_chunk_size` at a time; memory stays bounded, results are the same."""
+        size = self.config.mask_decoder_config.region_chunk_size
+        chunks = [
+            self._decode(image_embeddings, *chunk, **kwargs)
+            for chunk in zip(*(row.split(size) for row in rows), strict=True)
+        ]
+        return TapMaskDecoderOutput(**{key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]})
+
+    def _wants_chunks(self, rows: int, kwargs: dict[str, Any]) -> bool:
+        """Gradients and recorded attentions need one pass; so does a compiled graph."""
+        recording = kwargs.get("output_attentions") or self.config.mask_decoder_config.output_attentions
+        return not (
+            rows <= self.config.mask_decoder_config.region_chunk_size
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or recording
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        region_image_index: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        original_sizes: Tensor | None = None,
+        resized_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TapOutput:
+        """Segment and tokenize regions.
+
+        Args:
+            pixel_values: (B, 3, S, S) from the processor; or `image_embeddings`.
+            input_points: (N, n, 2) x, y in canvas pixels.
+            input_labels: (N, n) in {0 background, 1 foreground, 2 top-left, 3 bottom-right, 4 pad}.
+            region_image_index: (N,) image of each row; may be left out for one image, or one region per image.
+            image_embeddings: (B, D, G, G) from [`TapModel.get_image_embeddings`], in place of `pixel_values`.
+            original_sizes: accepted and unused, so that the processor's output can be passed whole.
+            resized_sizes: accepted and unused.
+            kwargs: passed to the attention functions; `output_attentions`, `output_hidden_states`.
+
+        Returns:
+            [`TapOutput`].
+
+        Raises:
+            ValueError: not exactly one of `pixel_values` and `image_embeddings`, or rows that do not fit together.
+        """
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("give exactly one of pixel_values and image_embeddings")
+        vision = None
+        if pixel_values is not None:
+            vision = self.vision_encoder(pixel_values, **kwargs)
+            image_embeddings = vision.last_hidden_state
+        index = self._check_rows(input_points, input_labels, region_image_index, len(image_embeddings))
+        decode = self._decode_in_chunks if self._wants_chunks(len(input_points), kwargs) else self._decode
+        decoded = decode(image_embeddings, input_points, input_labels, index, **kwargs)
+        return TapOutput(
+            pred_masks=decoded.pred_masks,
+            iou_scores=decoded.iou_scores,
+            semantic_tokens=decoded.semantic_tokens,
+            semantic_embeds=decoded.semantic_embeds,
+            slots=route_slots(decoded.iou_scores, input_labels),
+            image_embeddings=image_embeddings,
+            vision_hidden_states=vision.hidden_states if vision is not None else None,
+            vision_attentions=vision.attentions if vision is not None else None,
+            mask_decoder_attentions=decoded.attentions,
+        )
+
+
+class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
+    """TAP with its caption decoder."""
+
+    def __init__(self, config: TapConfig) -> None:
+        super().__init__(config)
+        self.model = TapModel(config)
+        self.caption_decoder = TapCaptionDecoder(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embeddings of the caption decoder."""
+        return self.caption_decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings of the caption decoder."""
+        self.caption_decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Output layer of the caption decoder."""
+        return self.caption_decoder.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer of the caption decoder."""
+        self.caption_decoder.lm_head = new_embeddings
+
+    def get_image_embeddings(self, pixel_values: Tensor) -> Tensor:
+        """See [`TapModel.get_image_embeddings`]."""
+        return self.model.get_image_embeddings(pixel_values)
+
+    def _caption_ids(self, rows: int, device: torch.device) -> Tensor:
+        """Prompt of the caption decoder: placeholder of the semantic token, then BOS; (N, 2)."""
+        text = self.config.text_config
+        return torch.tensor([[text.semantic_token_id, text.bos_token_id]], device=device).repeat(rows, 1)
+
+    def _caption_loss(self, semantic_tokens: Tensor, labels: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Loss and logits (N, L, V) of captions (N, L) on routed semantic tokens (N, D)."""
+        text = self.config.text_config
+        ids = labels.masked_fill(labels == -100, text.pad_token_id)
+        prompt = self._caption_ids(len(labels), labels.device)
+        ids = torch.cat([prompt, ids[:, 1:]], dim=1)
+        logits = self.caption_decoder(
+            input_ids=ids, semantic_tokens=semantic_tokens, use_cache=False, logits_to_keep=labels.shape[1]
+        ).logits
+        loss = self.caption_decoder.loss_function(
+            logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs
+        )
+        return loss, logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_points: Tensor | None = None,
+        input_labels: Tensor | None = None,
+        region_image_index: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        labels: Tensor | None = None,
+        original_sizes: Tensor | None = None,
+        resized_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TapOutput:
+        """Segment and tokenize regions; with `labels` also score captions.
+
+        Args:
+            pixel_values: see [`TapModel.forward`], as all that is not named here.
+            input_points: (N, n, 2).
+            input_labels: (N, n).
+            region_image_index: (N,).
+            image_embeddings: (B, D, G, G).
+            labels: (N, L) ids with BOS and EOS, -100 ignored; shifted inside.
+            original_sizes: accepted and unused.
+            resized_sizes: accepted and unused.
+            kwargs: passed to the attention functions and, with `labels`, `num_items_in_batch` to the loss.
+
+        Returns:
+            [`TapOutput`], with `loss` and `logits` (N, L, V) if `labels` are given.
+        """
+        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        outputs = self.model(
+            pixel_values=pixel_values,
+            input_points=input_points,
+            input_labels=input_labels,
+            region_image_index=region_image_index,
+            image_embeddings=image_embeddings,
+            **kwargs,
+        )
+        if labels is not None:
+            routed = take_slots(outputs.semantic_tokens, outputs.slots)
+            outputs.loss, outputs.logits = self._caption_loss(routed, labels, **loss_kwargs)
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        semantic_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Caption regions.
+
+        Args:
+            inputs: pixel values, if given by position.
+            generation_config: settings; those of the model by default.
+            semantic_tokens: (N, D) routed tokens, in place of images and prompts.
+            kwargs: all that the processor returns (or `image_embeddings` for `pixel_values`), and generation options
+                such as `num_beams`, `do_sample`, `temperature`, `max_new_tokens` (38 by default).
+
+        Returns:
+            (N, L) int64: BOS, words, EOS, right pads.
+
+        Raises:
+            ValueError: both or neither of images and semantic tokens given.
+        """
+        names = ("pixel_values", "input_points", "input_labels", "region_image_index", "image_embeddings")
+        tensors = {name: kwargs.pop(name, None) for name in names}
+        for unused in ("original_sizes", "resized_sizes", "labels", "input_ids", "attention_mask"):
+            kwargs.pop(unused, None)
+        tensors["pixel_values"] = inputs if inputs is not None else tensors["pixel_values"]
+        if semantic_tokens is None:
+            outputs = self.model(**tensors)
+            semantic_tokens = take_slots(outputs.semantic_tokens, outputs.slots)
+        elif any(tensor is not None for tensor in tensors.values()):
+            raise ValueError("give either semantic_tokens or images with prompts, not both")
+        if semantic_tokens.ndim != 2:
+            raise ValueError(
+                f"semantic_tokens must be (N, D), one routed token per region, got {tuple(semantic_tokens.shape)}"
+            )
+        return self._generate_captions(semantic_tokens, self._caption_config(generation_config, kwargs), kwargs)
+
+    def _caption_config(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+        """Settings of a call: at most 38 new ids unless told otherwise; pad and placeholder are never generated."""
+        text = self.config.text_config
+        config = deepcopy(generation_config if generation_config is not None else self.generation_config)
+        for name in [name for name in options if hasattr(config, name)]:
+            setattr(config, name, options.pop(name))
+        if config.max_new_tokens is None and config.max_length is None:
+            config.max_new_tokens = text.max_position_embeddings - 2
+        config.bos_token_id, config.pad_token_id = text.bos_token_id, text.pad_token_id
+        config.eos_token_id = text.eos_token_id
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), text.pad_token_id, text.semantic_token_id})
+        return config
+
+    def _generate_captions(self, semantic_tokens: Tensor, config: GenerationConfig, options: dict[str, Any]) -> Any:
+        """Decode (N, D) tokens, at most `CAPTION_CHUNK_SIZE` rows at a time where the result is plain ids."""
+        if len(semantic_tokens) == 0:
+            return torch.empty((0, 1), dtype=torch.long, device=semantic_tokens.device)
+        if config.return_dict_in_generate or len(semantic_tokens) <= CAPTION_CHUNK_SIZE:
+            return self._generate_chunk(semantic_tokens, config, options)
+        chunks = [self._generate_chunk(chunk, config, options) for chunk in semantic_tokens.split(CAPTION_CHUNK_SIZE)]
+        length = max(chunk.shape[1] for chunk in chunks)
+        pad_id = self.config.text_config.pad_token_id
+        return torch.cat([nn.functional.pad(c, (0, length - c.shape[1]), value=pad_id) for c in chunks])
+
+    def _generate_chunk(self, semantic_tokens: Tensor, config: GenerationConfig, options: dict[str, Any]) -> Any:
+        """Run the generation loop on (N, D) tokens and take the placeholder off the result."""
+        ids = self._caption_ids(len(semantic_tokens), semantic_tokens.device)
+        if options.get("streamer") is None and can_drop_rows(config):
+            options = {"custom_generate": decode_dropping_finished, **options}
+        result = self.caption_decoder.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),  # the placeholder must never be taken for padding
+            semantic_tokens=semantic_tokens,
+            generation_config=config,
+            **options,
+        )
+        if isinstance(result, Tensor):
+            return result[:, 1:]
+        result.sequences = result.sequences[:, 1:]
+        return result
+
+
+__all__ = ["TapForConditionalGeneration", "TapModel", "TapOutput", "TapPreTrainedModel", "route_slots", "take_slots"]
