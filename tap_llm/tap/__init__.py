@@ -2,8 +2,10 @@
 
 from .caption_decoder import TapCaptionDecoder, TapTextModel
 from .configuration_tap import TapConfig, TapMaskDecoderConfig, TapPromptConfig, TapTextConfig, TapVisionConfig
+from .image_processing_tap import TapImageProcessor
 from .mask_decoder import TapMaskDecoder
 from .modeling_tap import TapForConditionalGeneration, TapModel, TapOutput
+from .processing_tap import TapProcessor
 from .prompt_encoder import TapPromptEncoder
 from .vision_encoder import TapVisionEncoder
 
@@ -11,10 +13,12 @@ __all__ = [
     "TapCaptionDecoder",
     "TapConfig",
     "TapForConditionalGeneration",
+    "TapImageProcessor",
     "TapMaskDecoder",
     "TapMaskDecoderConfig",
     "TapModel",
     "TapOutput",
+    "TapProcessor",
     "TapPromptConfig",
     "TapPromptEncoder",
     "TapTextConfig",

@@ -3,8 +3,6 @@
 Symbols: N sequences, L tokens, C width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -267,11 +265,18 @@ class TapCaptionDecoder(TapTextPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: Tensor | None = None,  # named so that `generate` accepts it
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step; the semantic token is an input of the first step, or of all steps without a cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:  # position 0 is in the cache already
             inputs.pop("semantic_tokens", None)
         return inputs
 

@@ -123,7 +123,6 @@ class TapMaskDecoderConfig(PreTrainedConfig):
         hidden_act: activation of the MLPs in blocks and heads.
         layer_norm_eps: epsilon of LayerNorm.
         dropout: dropout in the blocks, in training.
-        region_chunk_size: regions decoded at a time without gradients; bounds memory, never changes results.
         initializer_range: standard deviation of initial weights.
     """
 
@@ -143,7 +142,6 @@ class TapMaskDecoderConfig(PreTrainedConfig):
     hidden_act: str = "relu"
     layer_norm_eps: float = 1e-5
     dropout: float | int = 0.1
-    region_chunk_size: int = 8
     initializer_range: float | int = 0.02
 
     def validate_architecture(self) -> None:
@@ -235,7 +233,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "prompt_config": {"hidden_size": 128, "image_size": 256},
         "mask_decoder_config": {
             "hidden_size": 128, "num_attention_heads": 4, "mlp_dim": 512, "upscale_dim": 32, "head_hidden_size": 128,
-            "semantic_hidden_size": 256, "semantic_embed_dim": 128, "region_chunk_size": 64,
+            "semantic_hidden_size": 256, "semantic_embed_dim": 128,
         },
         "text_config": {
             "vocab_size": 512, "semantic_size": 128, "hidden_size": 128, "intermediate_size": 512,

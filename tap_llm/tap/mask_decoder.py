@@ -4,8 +4,6 @@ Symbols: B images, N regions, n prompt tokens, T = 9 + n tokens per region, L = 
 Rows are regions, whatever image they lie on; what depends on the image alone is computed once per image.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,11 +4,9 @@ A region is a row: prompts on any number of images form one flat batch of N rows
 image each row lies on. The parts live beside this file; here they are put together.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,11 @@ from .vision_encoder import TapVisionEncoder
 
 # Captions decoded at a time: bounds the cache (2 MB a row at the official size), never changes a greedy caption.
 CAPTION_CHUNK_SIZE = 128
+
+# Image tokens of the regions decoded at a time without gradients, in bytes. A region keeps some twenty such tensors
+# busy: on a CPU two regions of the official size then stay in its cache, which is faster than all at once.
+CPU_CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -101,7 +104,7 @@ class TapPreTrainedModel(PreTrainedModel):
         if isinstance(module, TapPromptEncoder):
             init.normal_(module.coord_matrix, std=module.config.scale)
 
-    def fold_batch_norm(self) -> TapPreTrainedModel:
+    def fold_batch_norm(self) -> Self:
         """Fold BatchNorm into convolutions, in place, for faster inference; the model can then not be trained or saved.
 
         Returns:
@@ -184,23 +187,24 @@ class TapModel(TapPreTrainedModel):
         )
 
     def _decode_in_chunks(self, image_embeddings: Tensor, *rows: Tensor, **kwargs: Any) -> TapMaskDecoderOutput:
-        """Decode the rows `region_chunk_size` at a time; memory stays bounded, results are the same."""
-        size = self.config.mask_decoder_config.region_chunk_size
+        """Decode a few rows at a time; memory stays bounded, results are the same."""
+        size = self._chunk_size(image_embeddings)
         chunks = [
             self._decode(image_embeddings, *chunk, **kwargs)
             for chunk in zip(*(row.split(size) for row in rows), strict=True)
         ]
         return TapMaskDecoderOutput(**{key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]})
 
-    def _wants_chunks(self, rows: int, kwargs: dict[str, Any]) -> bool:
+    @staticmethod
+    def _chunk_size(image_embeddings: Tensor) -> int:
+        """Rows whose image tokens fit the budget of the device."""
+        budget = CPU_CHUNK_BYTES if image_embeddings.device.type == "cpu" else CHUNK_BYTES
+        return max(1, budget // (image_embeddings[0].numel() * image_embeddings.element_size()))
+
+    def _wants_chunks(self, kwargs: dict[str, Any]) -> bool:
         """Gradients and recorded attentions need one pass; so does a compiled graph."""
         recording = kwargs.get("output_attentions") or self.config.mask_decoder_config.output_attentions
-        return not (
-            rows <= self.config.mask_decoder_config.region_chunk_size
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or recording
-        )
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or recording)
 
     @can_return_tuple
     def forward(
@@ -239,7 +243,7 @@ class TapModel(TapPreTrainedModel):
             vision = self.vision_encoder(pixel_values, **kwargs)
             image_embeddings = vision.last_hidden_state
         index = self._check_rows(input_points, input_labels, region_image_index, len(image_embeddings))
-        decode = self._decode_in_chunks if self._wants_chunks(len(input_points), kwargs) else self._decode
+        decode = self._decode_in_chunks if self._wants_chunks(kwargs) else self._decode
         decoded = decode(image_embeddings, input_points, input_labels, index, **kwargs)
         return TapOutput(
             pred_masks=decoded.pred_masks,
@@ -331,7 +335,7 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         Returns:
             [`TapOutput`], with `loss` and `logits` (N, L, V) if `labels` are given.
         """
-        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        loss_kwargs = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
         outputs = self.model(
             pixel_values=pixel_values,
             input_points=input_points,

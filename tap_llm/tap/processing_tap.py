@@ -13,7 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from ..errors import MissingFileError
+from ..errors import InputError, MissingFileError
 from ..images import load_image
 from ..regions import MaskPrompt, Region, parse_regions, prompts_to_rows
 from .image_processing_tap import TapImageProcessor, canvas_side, resize_factor
@@ -64,8 +64,7 @@ class TapProcessor(ProcessorMixin):
         images: Any,
         regions: Sequence[Any] | None = None,
         text: Sequence[str] | None = None,
-        return_tensors: str | None = "pt",
-        mask_prompt: MaskPrompt = "box_and_points",
+        mask_prompt: MaskPrompt | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Prepare images and regions for TAP.
@@ -88,10 +87,17 @@ class TapProcessor(ProcessorMixin):
             InputError: an image or a region that cannot be used.
             MissingFileError: text given, but there is no tokenizer.
         """
+        kwargs = {**kwargs.pop("images_kwargs", {}), **kwargs}
+        return_tensors = kwargs.pop("return_tensors", "pt")
+        fixed = sorted({"size", "do_resize", "do_pad"} & kwargs.keys())
+        if fixed:
+            raise InputError(f"{', '.join(fixed)}: the canvas belongs to the model; set it on the image processor")
+        if text is not None and regions is None:
+            raise InputError("text gives one caption per region: give regions with it")
         pictures = [load_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
         # Checked before the pixels are touched: a wrong region costs no work.
         sizes = [(picture.height, picture.width) for picture in pictures]
-        rows = self._region_rows(regions, sizes, mask_prompt) if regions is not None else {}
+        rows = self._region_rows(regions, sizes, mask_prompt or "box_and_points") if regions is not None else {}
         if text is not None:
             rows["labels"] = self._caption_labels(text, len(rows["region_image_index"]))
         features = self.image_processor(pictures, return_tensors="np", **kwargs)

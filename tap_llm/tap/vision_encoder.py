@@ -3,9 +3,7 @@
 Symbols: B images, G patch grid side, W windows per image, T tokens per window, C encoder width, D output channels.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +216,7 @@ class TapVisionEncoder(PreTrainedModel):
         """The patch embedding."""
         return self.patch_embeddings.projection
 
-    def fold_batch_norm(self) -> TapVisionEncoder:
+    def fold_batch_norm(self) -> Self:
         """Fold every BatchNorm into the convolution before it, in place: faster inference, same results.
 
         The folded encoder can neither be trained nor saved; load it again for that.
@@ -236,7 +234,7 @@ class TapVisionEncoder(PreTrainedModel):
         self.batch_norm_folded = True
         return self
 
-    def train(self, mode: bool = True) -> TapVisionEncoder:
+    def train(self, mode: bool = True) -> Self:
         """As in torch; raises RuntimeError for an encoder whose BatchNorm was folded."""
         if mode and getattr(self, "batch_norm_folded", False):
             raise RuntimeError("this encoder's BatchNorm was folded for inference: load the model again to train it")

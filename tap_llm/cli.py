@@ -1,0 +1,320 @@
+"""Command line: `tap-llm`, the same as `python -m tap_llm.cli`.
+
+Exit status 0 on success, 2 on bad input (one message on stderr), 130 on Ctrl-C. Results go to stdout, everything
+else to stderr. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from .errors import InputError
+
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+REGION_OPTIONS = ("box", "point", "mask")
+_CAPTION_WIDTH = 20  # least columns for captions; narrower terminals get longer lines
+# Base of all usage errors; newer typer has its own copy of click and does not export it.
+_ClickException: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="tap-llm",
+    help="Point at anything in an image: get its mask, its name and a caption.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class _OrderedCommand(TyperCommand):
+    """Remembers in which order region options of different kinds were given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["regions"] = [param.name for param in order if param.name in REGION_OPTIONS]
+        return super().parse_args(ctx, args)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `describe` a sub-command however few there are."""
+
+
+@app.command(cls=_OrderedCommand)
+def describe(
+    ctx: typer.Context,
+    image: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Region: box in pixels. Repeatable.")
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'X,Y ...'", help="Region: point, or several; X,Y,0 lies outside. Repeatable."),
+    ] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Region: mask image of the picture's size. Repeatable.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Find all regions instead.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON only, masks as COCO RLE; a picture only with --out.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Picture to write. [default: photo.jpg gives photo.tap.png]")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Bundled name, folder, hub id, or official name (tap_vit_b_v1_1).")
+    ] = "tap-tiny",
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="SentencePiece file tokenizer.model, where the model lacks one.")
+    ] = None,
+    concepts: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Concept space to name with: file, folder or name.")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Caption the regions.")] = True,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the first accelerator]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    top_k: Annotated[int, typer.Option(metavar="N", min=1, help="Names per region.")] = 1,
+) -> None:
+    """Masks, names and captions of the regions you point at.
+
+    Example: tap-llm describe photo.jpg --box 40,30,300,280 --point '120,80 200,90,0' --out photo.png
+    """
+    regions = _regions(ctx.meta["regions"], {"box": box or [], "point": point or [], "mask": mask or []})
+    _check_choice(regions, everything)
+    target = _picture_path(image, out, as_json)
+    picture = _check_inputs(image, regions)
+    pipe = _load_pipeline(model, tokenizer, concepts, device, dtype)
+    if captions and not pipe.can_caption:
+        _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
+    options = {"everything": True, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
+    results = pipe(picture, captions=captions and pipe.can_caption, top_k=top_k, **options)
+    if target is not None:
+        from .visualize import draw_regions
+
+        _save_picture(draw_regions(picture, results), target)
+    print(_to_json(results) if as_json else _table(results, _terminal_width()))
+    if target is not None:
+        _note(f"picture: {target}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Official weights, such as tap_vit_b_v1_1.pkl.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    concepts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Official concept weights, such as merged_2560.pkl.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="SentencePiece file tokenizer.model, for captions.")
+    ] = None,
+) -> None:
+    """Turn official weights into a folder for Transformers.
+
+    Example: tap-llm convert tap_vit_b_v1_1.pkl tap-base --concepts merged_2560.pkl
+    """
+    _quiet()
+    from .tap.conversion import convert_checkpoint
+
+    report = convert_checkpoint(checkpoint, out, concepts=concepts, tokenizer=tokenizer)
+    print(f"wrote {out}: {str(report) or 'every tensor has its place'}")
+    if tokenizer is None:
+        _note("no captions without a tokenizer: convert again with --tokenizer FILE to have them")
+
+
+def _regions(order: Sequence[str], given: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Region dicts in the order of the command line, whatever their kind."""
+    parse = {"box": _parse_box, "point": _parse_points, "mask": lambda text: {"mask": text}}
+    queues = {kind: iter(texts) for kind, texts in given.items()}
+    return [parse[kind](next(queues[kind])) for kind in order]
+
+
+def _parse_box(text: str) -> dict[str, Any]:
+    return {"box": _numbers(text, (4,), f"--box {text}: expected four numbers x0,y0,x1,y1 in pixels")}
+
+
+def _parse_points(text: str) -> dict[str, Any]:
+    """'x,y[,0|1] x,y[,0|1]' -> one region."""
+    message = f"--point {text}: expected x,y or x,y,1 (inside) or x,y,0 (outside), points separated by spaces"
+    points = [_numbers(item, (2, 3), message) for item in text.split()]
+    labels = [item[2] if len(item) == 3 else 1 for item in points]
+    if not points or not set(labels) <= {0, 1}:
+        raise InputError(message)
+    return {"points": [item[:2] for item in points], "labels": [int(label) for label in labels]}
+
+
+def _numbers(text: str, counts: tuple[int, ...], message: str) -> list[float]:
+    try:
+        values = [float(item) for item in text.split(",")]
+    except ValueError:
+        raise InputError(message) from None
+    if len(values) not in counts:
+        raise InputError(message)
+    return [int(value) if value.is_integer() else value for value in values]
+
+
+def _check_choice(regions: Sequence[Any], everything: bool) -> None:
+    if regions and everything:
+        raise InputError("--everything finds the regions itself: give it, or --box, --point and --mask, not both")
+    if not regions and not everything:
+        raise InputError(
+            "no region given: use --box x0,y0,x1,y1, --point x,y or --mask FILE (each repeatable), or --everything"
+        )
+
+
+def _picture_path(image: Path, out: Path | None, as_json: bool) -> Path | None:
+    """Where the picture goes, checked before any work; None for JSON without --out."""
+    if out is None and as_json:
+        return None
+    target = out if out is not None else image.with_name(f"{image.stem}.tap.png")
+    if target.suffix.lower() not in PICTURE_FORMATS:
+        raise InputError(f"--out {target}: unknown picture format; use one of {', '.join(PICTURE_FORMATS)}")
+    folder = target.parent
+    if out is not None and not folder.is_dir():
+        raise InputError(f"--out {target}: there is no folder {folder}; create it first")
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {target}: no permission for {folder}; choose another place with --out")
+    if target.is_dir():
+        raise InputError(f"--out {target} is a folder; give the name of a picture in it")
+    if target.exists() and image.exists() and target.samefile(image):
+        raise InputError(f"--out {target} would overwrite the picture itself; choose another name")
+    return target
+
+
+def _check_inputs(image: Path, regions: list[dict[str, Any]]) -> Any:
+    """Read the picture and check its regions before a model is loaded."""
+    from .images import load_image
+    from .regions import parse_regions
+
+    picture = load_image(image)
+    parse_regions(regions, [(picture.height, picture.width)])
+    return picture
+
+
+def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, device: str | None, dtype: str) -> Any:
+    _quiet()
+    from .pipelines import RegionPipeline
+
+    pipe = RegionPipeline.from_pretrained(model, tokenizer, concepts, device, dtype)
+    if getattr(pipe.model.config, "provisional", False):
+        _note(f"{model} is provisional: a small model for trying things out, not for its accuracy")
+    return pipe
+
+
+def _quiet() -> None:
+    """Silence what libraries say while loading; our own notes remain."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def _to_json(results: Sequence[dict[str, Any]]) -> str:
+    """The pipeline's list, masks as COCO RLE; one region per line."""
+    from .masks import encode_rle
+    from .regions import region_to_json
+
+    ready = [{**r, "region": region_to_json(r["region"]), "mask": encode_rle(r["mask"])} for r in results]
+    return "[" + ",\n ".join(json.dumps(result, ensure_ascii=False) for result in ready) + "]"
+
+
+def _table(results: Sequence[dict[str, Any]], width: int | None) -> str:
+    """Numbered rows; captions wrap so that lines fit `width` columns."""
+    if not results:
+        return "no regions found"
+    header = [["#"], ["concept"], ["score"], ["IoU"], ["box"], ["caption"]]
+    rows = [header, *([[str(index)], *_cells(result)] for index, result in enumerate(results, 1))]
+    widths = [max(len(line) for row in rows for line in row[column]) for column in range(5)]
+    left = sum(widths) + 2 * len(widths)
+    room = None if width is None else max(_CAPTION_WIDTH, width - left)
+    return "\n".join(line for row in rows for line in _row_lines(row, widths, room))
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    names = result.get("concepts") or [[result["concept"], result["concept_score"]]]
+    shown = [(name, score) for name, score in names if name] or [("-", None)]
+    box = "empty" if result["box"] is None else ",".join(map(str, result["box"]))
+    return [
+        [name for name, _ in shown],
+        ["" if score is None else f"{score:.2f}" for _, score in shown],
+        [f"{result['iou']:.2f}"],
+        [box],
+        [" ".join(result["caption"].split())],
+    ]
+
+
+def _row_lines(row: list[list[str]], widths: list[int], room: int | None) -> list[str]:
+    *cells, caption = row
+    wrapped = caption if room is None else textwrap.wrap(caption[0], room)
+    lines = []
+    for parts in zip_longest(*cells, wrapped, fillvalue=""):
+        padded = [part.ljust(size) for part, size in zip(parts, widths, strict=False)]
+        lines.append("  ".join([*padded, parts[-1]]).rstrip())
+    return lines
+
+
+def _terminal_width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere, which nothing should cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _save_picture(picture: Any, target: Path) -> None:
+    """Write beside the target and rename: a picture appears only when it is complete."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as stream:
+            picture.save(stream, format=PICTURE_FORMATS[target.suffix.lower()])
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _note(message: str) -> None:
+    print(f"tap-llm: {message}", file=sys.stderr)
+
+
+def _fail(error: BaseException | str) -> int:
+    _note(" ".join(str(error).split()) or type(error).__name__)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0 done, 2 bad input, 130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        status = app(args=args, prog_name="tap-llm", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _note("interrupted")
+        return 130
+    except _ClickException as error:
+        return _fail(f"{error.format_message()} (see tap-llm --help)")
+    except (InputError, OSError) as error:
+        return _fail(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""Everything mode: find all regions of a picture from a grid of points.
+
+Each grid point prompts TAP once and yields three candidates (slots 1 to 3, from part to whole). They are filtered
+by predicted IoU, stability and crop borders at low resolution; only the survivors of box suppression are brought
+to the size of the picture, and exact mask suppression removes what is left of duplicates. The recipe is that of
+SAM's automatic masks (arXiv:2304.02643, appendix B) on TAP's slots (arXiv:2312.09128). A survivor keeps the
+semantic token and embedding of its own slot, so names and captions need no second pass.
+
+Memory is bounded at any size: prompts go in batches, candidates stay at low resolution, masks are tight crops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .encoded import EncodedImage, encode_image, full_masks, prompt_rows
+from .errors import InputError
+from .masks import BoolArray, FloatArray, IntArray, box_nms, mask_nms, mask_to_box
+from .regions import Region
+from .tap.image_processing_tap import canvas_side, resize_factor
+
+Box = tuple[int, int, int, int]
+
+_POINT_SLOTS = slice(1, 4)  # slot 0 answers boxes
+_EDGE_TOLERANCE = 0.02  # of a crop's longer side: a mask this near to the border counts as cut by it
+
+
+@dataclass(frozen=True)
+class EverythingConfig:
+    """Settings of everything mode; the defaults suit photos."""
+
+    points_per_side: int = 32  # grid on the whole picture, n x n points
+    points_per_batch: int = 64  # points decoded at once: bounds memory, does not change results
+    pred_iou_threshold: float = 0.88  # candidates with a lower predicted IoU are dropped
+    stability_threshold: float = 0.95  # ... and with a lower stability, see `stability_scores`
+    stability_offset: float = 1.0  # logits above and below zero between which stability is measured
+    box_nms_threshold: float = 0.7  # a box overlapping a better one by more (IoU) is dropped
+    mask_nms_threshold: float = 0.7  # the same for masks, exactly, at full resolution
+    min_area: int = 0  # masks with fewer pixels of the original picture are dropped
+    crop_layers: int = 0  # layer i adds 2^i x 2^i overlapping crops, each encoded on its own: finds small objects
+    crop_overlap: float = 1 / 3  # share of its neighbour that a crop overlaps
+    crop_points_divisor: int = 2  # points_per_side is divided by this once per layer
+
+    def __post_init__(self) -> None:
+        for name in ("points_per_side", "points_per_batch", "crop_points_divisor"):
+            _require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("min_area", "stability_offset", "crop_layers"):
+            _require(getattr(self, name) >= 0, name, "at least 0", self)
+        for name in ("stability_threshold", "box_nms_threshold", "mask_nms_threshold"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
+        _require(0 <= self.crop_overlap < 1, "crop_overlap", "at least 0 and below 1", self)
+        _require(self.crop_layers <= 4, "crop_layers", "at most 4 (256 crops)", self)
+
+    @classmethod
+    def from_options(cls, options: bool | Mapping[str, Any] | EverythingConfig) -> EverythingConfig:
+        """`True` (defaults), a mapping of fields, or a config as it is.
+
+        Raises:
+            InputError: unknown field or a value out of range.
+        """
+        if isinstance(options, EverythingConfig):
+            return options
+        values = dict(options) if isinstance(options, Mapping) else {}
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InputError(f'everything: unknown setting "{name}"; known: {", ".join(known)}')
+        return cls(**values)
+
+
+def _require(holds: bool, name: str, rule: str, config: EverythingConfig) -> None:
+    if not holds:
+        raise InputError(f"everything: {name} must be {rule}, got {getattr(config, name)}")
+
+
+@dataclass
+class EverythingResult:
+    """M regions, highest predicted IoU first.
+
+    Attributes:
+        regions: the prompt of each, `{"points": [[x, y]], "labels": [1]}` in pixels of the picture.
+        masks: (M, H, W) bool.
+        boxes: (M, 4) int64, tight, xyxy with exclusive right and bottom edges.
+        iou_scores: (M,) float32 predicted IoU.
+        semantic_tokens: (M, D) of the mask's own slot, on the CPU.
+        semantic_embeds: (M, E), likewise.
+    """
+
+    regions: list[Region]
+    masks: BoolArray
+    boxes: IntArray
+    iou_scores: np.ndarray
+    semantic_tokens: Tensor
+    semantic_embeds: Tensor
+
+
+@dataclass
+class _Candidates:
+    """K candidates of one crop at low resolution, on the CPU; points and boxes in pixels of the crop."""
+
+    points: Tensor  # (K, 2)
+    logits: Tensor  # (K, 4G, 4G) float16
+    boxes: Tensor  # (K, 4)
+    scores: Tensor  # (K,)
+    tokens: Tensor
+    embeds: Tensor
+
+    def take(self, kept: IntArray) -> _Candidates:
+        """Those with these indices."""
+        index = torch.from_numpy(kept)
+        return _Candidates(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @staticmethod
+    def join(parts: Sequence[_Candidates]) -> _Candidates:
+        """All of them, in order."""
+        names = [field.name for field in fields(_Candidates)]
+        return _Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass
+class _Found:
+    """One region at full resolution; point and box in pixels of the whole picture."""
+
+    point: tuple[float, float]
+    score: float
+    box: Box
+    tight_mask: BoolArray  # what lies inside the box
+    token: Tensor
+    embed: Tensor
+
+
+def point_grid(points_per_side: int, height: int, width: int) -> FloatArray:
+    """Centres of an n x n tiling of a picture, row by row, as (n * n, 2) pixel indices x, y.
+
+    A side with fewer pixels than points gets one point per pixel.
+    """
+    columns, rows = min(points_per_side, width), min(points_per_side, height)
+    x = (np.arange(columns) + 0.5) * width / columns - 0.5
+    y = (np.arange(rows) + 0.5) * height / rows - 0.5
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def crop_boxes(height: int, width: int, layers: int, overlap: float) -> list[tuple[int, Box]]:
+    """(layer, box) of the whole picture, layer 0, and of 2^i x 2^i overlapping crops for each further layer i.
+
+    Args:
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        layers: further layers.
+        overlap: share of a crop that its neighbour covers as well.
+    """
+    crops: list[tuple[int, Box]] = [(0, (0, 0, width, height))]
+    for layer in range(1, layers + 1):
+        columns, rows = (_spans(side, 2**layer, overlap) for side in (width, height))
+        crops += [(layer, (x0, y0, x1, y1)) for y0, y1 in rows for x0, x1 in columns]
+    return crops
+
+
+def _spans(length: int, count: int, overlap: float) -> list[tuple[int, int]]:
+    """`count` spans of one size that cover `length`, each sharing `overlap` of itself with the next."""
+    size = min(length, math.ceil(length / (count - (count - 1) * overlap)))
+    starts = np.linspace(0, length - size, count).round().astype(int)
+    return sorted({(int(start), int(start) + size) for start in starts})
+
+
+def stability_scores(logits: Tensor, offset: float) -> Tensor:
+    """IoU of the masks at thresholds +offset and -offset: how little a mask depends on where it is cut.
+
+    Args:
+        logits: (N, h, w).
+        offset: in logits, >= 0.
+
+    Returns:
+        (N,) float32 in [0, 1]; 0 where both masks are empty.
+    """
+    inner = (logits > offset).sum(dim=(1, 2)).float()
+    outer = (logits > -offset).sum(dim=(1, 2)).float()
+    return inner / outer.clamp(min=1)
+
+
+def touches_crop_edge(boxes: FloatArray, crop: Box, height: int, width: int) -> BoolArray:
+    """(N,) whether boxes (N, 4) in pixels of a crop reach a border of it that is not one of the picture."""
+    x0, y0, x1, y1 = crop
+    tolerance = _EDGE_TOLERANCE * max(x1 - x0, y1 - y0)
+    distance = np.abs(boxes - np.array([0, 0, x1 - x0, y1 - y0]))
+    inner = np.array([x0 > 0, y0 > 0, x1 < width, y1 < height])
+    return ((distance <= tolerance) & inner).any(axis=1)
+
+
+def segment_everything(
+    model: Any,
+    processor: Any,
+    image: Image.Image | EncodedImage,
+    config: EverythingConfig | None = None,
+    progress: bool = False,
+) -> EverythingResult:
+    """Find all regions of one picture.
+
+    Args:
+        model: a [`TapModel`] or [`TapForConditionalGeneration`] in eval mode.
+        processor: its [`TapProcessor`].
+        image: upright RGB picture, or one already encoded; each crop is encoded once.
+        config: settings.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        [`EverythingResult`].
+    """
+    config = config or EverythingConfig()
+    picture = image.image if isinstance(image, EncodedImage) else image
+    crops = crop_boxes(picture.height, picture.width, config.crop_layers, config.crop_overlap)
+    grids = [
+        point_grid(max(1, config.points_per_side // config.crop_points_divisor**layer), y1 - y0, x1 - x0)
+        for layer, (x0, y0, x1, y1) in crops
+    ]
+    found: list[_Found] = []
+    with tqdm(total=sum(map(len, grids)), unit="point", desc="everything", disable=not progress) as bar:
+        for (layer, box), grid in zip(crops, grids, strict=True):
+            whole = image if layer == 0 and isinstance(image, EncodedImage) else None
+            encoded = whole or encode_image(model, processor, picture.crop(box) if layer else picture)
+            found += _segment_crop(model, processor, encoded, grid, box, picture, config, bar)
+    return _deduplicate(found, picture.height, picture.width, model, config)
+
+
+def _segment_crop(
+    model: Any,
+    processor: Any,
+    encoded: EncodedImage,
+    grid: FloatArray,
+    crop: Box,
+    picture: Image.Image,
+    config: EverythingConfig,
+    bar: Any,
+) -> list[_Found]:
+    """Regions of one crop, at full resolution."""
+    parts = []
+    for batch in np.split(grid, range(config.points_per_batch, len(grid), config.points_per_batch)):
+        part = _candidates(model, processor, encoded, batch, config)
+        cut = touches_crop_edge(part.boxes.numpy(), crop, picture.height, picture.width)
+        parts.append(part.take(np.flatnonzero(~cut)))
+        bar.update(len(batch))
+    together = _Candidates.join(parts)
+    kept = together.take(box_nms(together.boxes, together.scores, config.box_nms_threshold))
+    return list(_at_full_size(processor, encoded, kept, crop, config.min_area))
+
+
+@torch.no_grad()
+def _candidates(
+    model: Any, processor: Any, encoded: EncodedImage, points: FloatArray, config: EverythingConfig
+) -> _Candidates:
+    """Decode one batch of points and keep the slots that are good and stable."""
+    regions = [{"points": [point]} for point in points.tolist()]
+    rows, labels = (rows.to(model.device) for rows in prompt_rows(processor, regions, encoded.original_size))
+    out = model(input_points=rows, input_labels=labels, image_embeddings=encoded.image_embeddings)
+    scores = out.iou_scores[:, _POINT_SLOTS].flatten()
+    picked = torch.nonzero(scores >= config.pred_iou_threshold).flatten()
+    logits = out.pred_masks[:, _POINT_SLOTS].flatten(0, 1)[picked].float()
+    visible = _without_padding(processor, logits, encoded)
+    stable = stability_scores(visible, config.stability_offset) >= config.stability_threshold
+    stable &= (visible > 0).any(dim=2).any(dim=1)
+    picked, logits, visible = picked[stable], logits[stable], visible[stable]
+    tokens, embeds = (
+        per_slot[:, _POINT_SLOTS].flatten(0, 1)[picked].cpu() for per_slot in (out.semantic_tokens, out.semantic_embeds)
+    )
+    return _Candidates(
+        points=torch.from_numpy(points)[picked.cpu() // (_POINT_SLOTS.stop - _POINT_SLOTS.start)],
+        logits=logits.clamp(-3e4, 3e4).half().cpu(),  # half the memory; the zero crossing moves by under 0.1%
+        boxes=_low_boxes(visible) * _pixels_per_cell(processor, logits, encoded),
+        scores=scores[picked].float().cpu(),
+        tokens=tokens,
+        embeds=embeds,
+    )
+
+
+def _without_padding(processor: Any, logits: Tensor, encoded: EncodedImage) -> Tensor:
+    """The part of (K, 4G, 4G) that shows the picture; a cell that is part padding counts as picture."""
+    cells_per_pixel = logits.shape[-1] / canvas_side(processor.image_processor)
+    height, width = (math.ceil(side * cells_per_pixel) for side in encoded.resized_size)
+    return logits[:, :height, :width]
+
+
+def _pixels_per_cell(processor: Any, logits: Tensor, encoded: EncodedImage) -> float:
+    """Side of a low-resolution cell in pixels of the crop."""
+    side = canvas_side(processor.image_processor)
+    return side / logits.shape[-1] / resize_factor(*encoded.original_size, side)
+
+
+def _low_boxes(logits: Tensor) -> Tensor:
+    """Tight boxes (K, 4) of (K, h, w) > 0, in cells, xyxy with exclusive edges; no mask may be empty."""
+    inside = logits > 0
+    ranges = []
+    for dim in (1, 2):  # any over rows leaves columns, and the other way round
+        line = inside.any(dim=dim).int()
+        ranges.append((line.argmax(dim=1), line.shape[1] - line.flip(1).argmax(dim=1)))
+    (x0, x1), (y0, y1) = ranges
+    return torch.stack([x0, y0, x1, y1], dim=1).double().cpu()
+
+
+def _at_full_size(
+    processor: Any, encoded: EncodedImage, kept: _Candidates, crop: Box, min_area: int
+) -> Iterator[_Found]:
+    """Upscale candidates and keep each as a tight crop in pixels of the whole picture."""
+    left, top = crop[:2]
+    logits = kept.logits.to(encoded.image_embeddings.device).float()
+    for index, mask in enumerate(full_masks(processor, logits, encoded)):
+        tight = mask_to_box(mask)
+        if tight is None or np.count_nonzero(mask) < min_area:
+            continue
+        x0, y0, x1, y1 = tight
+        x, y = kept.points[index].tolist()
+        yield _Found(
+            point=(x + left, y + top),
+            score=float(kept.scores[index]),
+            box=(x0 + left, y0 + top, x1 + left, y1 + top),
+            tight_mask=mask[y0:y1, x0:x1].copy(),
+            token=kept.tokens[index],
+            embed=kept.embeds[index],
+        )
+
+
+def _deduplicate(
+    found: list[_Found], height: int, width: int, model: Any, config: EverythingConfig
+) -> EverythingResult:
+    """Suppression across crops: tight boxes first, then masks exactly."""
+    scores = np.array([item.score for item in found], dtype=np.float32)
+    boxes = np.array([item.box for item in found], dtype=np.int64).reshape(-1, 4)
+    found = [found[index] for index in box_nms(boxes, scores, config.box_nms_threshold)]
+    masks = _paste(found, height, width)
+    kept = mask_nms(masks, [item.score for item in found], config.mask_nms_threshold)
+    if len(kept) < len(found):
+        found = [found[index] for index in kept]
+        masks = _paste(found, height, width)
+    return _result(found, masks, model)
+
+
+def _paste(found: Sequence[_Found], height: int, width: int) -> BoolArray:
+    """(M, H, W); zeroed pages that no mask touches take no memory."""
+    masks = np.zeros((len(found), height, width), dtype=bool)
+    for mask, item in zip(masks, found, strict=True):
+        x0, y0, x1, y1 = item.box
+        mask[y0:y1, x0:x1] = item.tight_mask
+    return masks
+
+
+def _result(found: Sequence[_Found], masks: BoolArray, model: Any) -> EverythingResult:
+    decoder = model.config.mask_decoder_config
+    tokens = [item.token[None] for item in found] or [torch.zeros(0, decoder.hidden_size)]
+    embeds = [item.embed[None] for item in found] or [torch.zeros(0, decoder.semantic_embed_dim)]
+    return EverythingResult(
+        regions=[{"points": [list(item.point)], "labels": [1]} for item in found],
+        masks=masks,
+        boxes=np.array([item.box for item in found], dtype=np.int64).reshape(-1, 4),
+        iou_scores=np.array([item.score for item in found], dtype=np.float32),
+        semantic_tokens=torch.cat(tokens),
+        semantic_embeds=torch.cat(embeds),
+    )
+
+
+__all__ = ["EverythingConfig", "EverythingResult", "segment_everything"]
