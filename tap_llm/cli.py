@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from .errors import InputError
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
 REGION_OPTIONS = ("box", "point", "mask")
 _CAPTION_WIDTH = 20  # least columns for captions; narrower terminals get longer lines
 # Base of all usage errors; newer typer has its own copy of click and does not export it.
@@ -305,11 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        status = app(args=args, prog_name="tap-llm", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        status = app(args=args, prog_name="tap-llm", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # how typer passes Ctrl-C on
+            _note("interrupted")
+        return status
     except (KeyboardInterrupt, typer.Abort):
         _note("interrupted")
-        return 130
+        return INTERRUPTED
     except _ClickException as error:
         return _fail(f"{error.format_message()} (see tap-llm --help)")
     except (InputError, OSError) as error:

@@ -132,7 +132,7 @@ class ConceptSpace:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"weights": self.weights.cpu().contiguous()}, folder / WEIGHTS_FILE)
-        content = {"names": self.names, **self.info}
+        content = {**self.info, "names": self.names}
         (folder / NAMES_FILE).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
     @classmethod
@@ -176,7 +176,7 @@ class ConceptSpace:
             weights = load_file(weights_path)["weights"]
             info = json.loads(names_path.read_text(encoding="utf-8"))
             return cls(info.pop("names"), weights, info)
-        except (SafetensorError, KeyError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"the concept files in {names_path.parent} are damaged: {error!r}") from None
         except InputError as error:
             raise InputError(f"{names_path.parent}: {error}") from None
@@ -215,8 +215,8 @@ class ConceptSpace:
     ) -> ConceptSpace:
         """Build a concept space with the text encoder of a CLIP model.
 
-        Each text is embedded and normalised; the texts of a name are averaged, normalised again and multiplied
-        with the model's logit scale. Official TAP weights need names embedded by EVA02-CLIP-E/14+.
+        Each text is embedded and normalised; the texts of a name are averaged, normalised again and times
+        the model's logit scale. Official TAP weights need names embedded by EVA02-CLIP-E/14+.
 
         Args:
             names: K different names.

@@ -22,13 +22,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .encoded import EncodedImage, encode_image, full_masks, prompt_rows
+from .encoded import Box, EncodedImage, TightMask, cell_boxes, encode_image, prompt_rows, tight_masks
 from .errors import InputError
-from .masks import BoolArray, FloatArray, IntArray, box_nms, mask_nms, mask_to_box
+from .masks import BoolArray, FloatArray, IntArray, box_nms
 from .regions import Region
 from .tap.image_processing_tap import canvas_side, resize_factor
-
-Box = tuple[int, int, int, int]
 
 _POINT_SLOTS = slice(1, 4)  # slot 0 answers boxes
 _EDGE_TOLERANCE = 0.02  # of a crop's longer side: a mask this near to the border counts as cut by it
@@ -88,17 +86,15 @@ class EverythingResult:
 
     Attributes:
         regions: the prompt of each, `{"points": [[x, y]], "labels": [1]}` in pixels of the picture.
-        masks: (M, H, W) bool.
-        boxes: (M, 4) int64, tight, xyxy with exclusive right and bottom edges.
-        iou_scores: (M,) float32 predicted IoU.
+        masks: M masks with their boxes; `mask.full(height, width)` gives the (H, W) array.
+        iou_scores: M predicted IoUs.
         semantic_tokens: (M, D) of the mask's own slot, on the CPU.
         semantic_embeds: (M, E), likewise.
     """
 
     regions: list[Region]
-    masks: BoolArray
-    boxes: IntArray
-    iou_scores: np.ndarray
+    masks: list[TightMask]
+    iou_scores: list[float]
     semantic_tokens: Tensor
     semantic_embeds: Tensor
 
@@ -128,12 +124,11 @@ class _Candidates:
 
 @dataclass
 class _Found:
-    """One region at full resolution; point and box in pixels of the whole picture."""
+    """One region at full resolution; point and mask in pixels of the whole picture."""
 
     point: tuple[float, float]
     score: float
-    box: Box
-    tight_mask: BoolArray  # what lies inside the box
+    mask: TightMask
     token: Tensor
     embed: Tensor
 
@@ -228,7 +223,7 @@ def segment_everything(
             whole = image if layer == 0 and isinstance(image, EncodedImage) else None
             encoded = whole or encode_image(model, processor, picture.crop(box) if layer else picture)
             found += _segment_crop(model, processor, encoded, grid, box, picture, config, bar)
-    return _deduplicate(found, picture.height, picture.width, model, config)
+    return _result(_deduplicate(found, config), model.config.mask_decoder_config)
 
 
 def _segment_crop(
@@ -274,7 +269,7 @@ def _candidates(
     return _Candidates(
         points=torch.from_numpy(points)[picked.cpu() // (_POINT_SLOTS.stop - _POINT_SLOTS.start)],
         logits=logits.clamp(-3e4, 3e4).half().cpu(),  # half the memory; the zero crossing moves by under 0.1%
-        boxes=_low_boxes(visible) * _pixels_per_cell(processor, logits, encoded),
+        boxes=cell_boxes(visible).double() * _pixels_per_cell(processor, logits, encoded),
         scores=scores[picked].float().cpu(),
         tokens=tokens,
         embeds=embeds,
@@ -294,72 +289,60 @@ def _pixels_per_cell(processor: Any, logits: Tensor, encoded: EncodedImage) -> f
     return side / logits.shape[-1] / resize_factor(*encoded.original_size, side)
 
 
-def _low_boxes(logits: Tensor) -> Tensor:
-    """Tight boxes (K, 4) of (K, h, w) > 0, in cells, xyxy with exclusive edges; no mask may be empty."""
-    inside = logits > 0
-    ranges = []
-    for dim in (1, 2):  # any over rows leaves columns, and the other way round
-        line = inside.any(dim=dim).int()
-        ranges.append((line.argmax(dim=1), line.shape[1] - line.flip(1).argmax(dim=1)))
-    (x0, x1), (y0, y1) = ranges
-    return torch.stack([x0, y0, x1, y1], dim=1).double().cpu()
-
-
 def _at_full_size(
     processor: Any, encoded: EncodedImage, kept: _Candidates, crop: Box, min_area: int
 ) -> Iterator[_Found]:
-    """Upscale candidates and keep each as a tight crop in pixels of the whole picture."""
+    """Candidates as masks of the whole picture."""
     left, top = crop[:2]
-    logits = kept.logits.to(encoded.image_embeddings.device).float()
-    for index, mask in enumerate(full_masks(processor, logits, encoded)):
-        tight = mask_to_box(mask)
-        if tight is None or np.count_nonzero(mask) < min_area:
+    logits = kept.logits.to(encoded.image_embeddings.device)
+    for index, mask in enumerate(tight_masks(processor, logits, encoded)):
+        if mask.box is None or np.count_nonzero(mask.pixels) < min_area:
             continue
-        x0, y0, x1, y1 = tight
         x, y = kept.points[index].tolist()
-        yield _Found(
-            point=(x + left, y + top),
-            score=float(kept.scores[index]),
-            box=(x0 + left, y0 + top, x1 + left, y1 + top),
-            tight_mask=mask[y0:y1, x0:x1].copy(),
-            token=kept.tokens[index],
-            embed=kept.embeds[index],
-        )
+        mask = mask.shifted(left, top)
+        score = float(kept.scores[index])
+        yield _Found((x + left, y + top), score, mask, kept.tokens[index], kept.embeds[index])
 
 
-def _deduplicate(
-    found: list[_Found], height: int, width: int, model: Any, config: EverythingConfig
-) -> EverythingResult:
-    """Suppression across crops: tight boxes first, then masks exactly."""
-    scores = np.array([item.score for item in found], dtype=np.float32)
-    boxes = np.array([item.box for item in found], dtype=np.int64).reshape(-1, 4)
-    found = [found[index] for index in box_nms(boxes, scores, config.box_nms_threshold)]
-    masks = _paste(found, height, width)
-    kept = mask_nms(masks, [item.score for item in found], config.mask_nms_threshold)
-    if len(kept) < len(found):
-        found = [found[index] for index in kept]
-        masks = _paste(found, height, width)
-    return _result(found, masks, model)
+def _deduplicate(found: list[_Found], config: EverythingConfig) -> list[_Found]:
+    """Suppression across crops, best first: tight boxes, then masks exactly."""
+    boxes = np.array([item.mask.box for item in found], dtype=np.int64).reshape(-1, 4)
+    order = box_nms(boxes, [item.score for item in found], config.box_nms_threshold)
+    found, boxes = [found[index] for index in order], boxes[order]
+    areas = np.array([np.count_nonzero(item.mask.pixels) for item in found])
+    kept: list[int] = []
+    for index, item in enumerate(found):
+        shared = np.minimum(_shared_areas(boxes[index], boxes[kept]), np.minimum(areas[index], areas[kept]))
+        likely = shared / (areas[index] + areas[kept] - shared) > config.mask_nms_threshold
+        rivals = [found[kept[rival]] for rival in np.flatnonzero(likely)]
+        if all(_mask_iou(item.mask, rival.mask) <= config.mask_nms_threshold for rival in rivals):
+            kept.append(index)
+    return [found[index] for index in kept]
 
 
-def _paste(found: Sequence[_Found], height: int, width: int) -> BoolArray:
-    """(M, H, W); zeroed pages that no mask touches take no memory."""
-    masks = np.zeros((len(found), height, width), dtype=bool)
-    for mask, item in zip(masks, found, strict=True):
-        x0, y0, x1, y1 = item.box
-        mask[y0:y1, x0:x1] = item.tight_mask
-    return masks
+def _shared_areas(box: IntArray, boxes: IntArray) -> IntArray:
+    """Pixels that a box (4,) shares with each of (N, 4)."""
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    return np.clip(high - low, 0, None).prod(axis=1)
 
 
-def _result(found: Sequence[_Found], masks: BoolArray, model: Any) -> EverythingResult:
-    decoder = model.config.mask_decoder_config
+def _mask_iou(a: TightMask, b: TightMask) -> float:
+    """Exact IoU of two masks whose boxes overlap."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box or (0, 0, 0, 0), b.box or (0, 0, 0, 0)
+    x0, y0, x1, y1 = max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1)
+    part_a = a.pixels[y0 - ay0 : y1 - ay0, x0 - ax0 : x1 - ax0]
+    part_b = b.pixels[y0 - by0 : y1 - by0, x0 - bx0 : x1 - bx0]
+    shared = np.count_nonzero(part_a & part_b)
+    return shared / (np.count_nonzero(a.pixels) + np.count_nonzero(b.pixels) - shared)
+
+
+def _result(found: Sequence[_Found], decoder: Any) -> EverythingResult:
     tokens = [item.token[None] for item in found] or [torch.zeros(0, decoder.hidden_size)]
     embeds = [item.embed[None] for item in found] or [torch.zeros(0, decoder.semantic_embed_dim)]
     return EverythingResult(
         regions=[{"points": [list(item.point)], "labels": [1]} for item in found],
-        masks=masks,
-        boxes=np.array([item.box for item in found], dtype=np.int64).reshape(-1, 4),
-        iou_scores=np.array([item.score for item in found], dtype=np.float32),
+        masks=[item.mask for item in found],
+        iou_scores=[item.score for item in found],
         semantic_tokens=torch.cat(tokens),
         semantic_embeds=torch.cat(embeds),
     )

@@ -145,7 +145,7 @@ def resolve_model(
     if name in bundled_models():
         return str(ASSETS / name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {name} holds no model: it has no config.json")
         return str(path)
@@ -177,14 +177,17 @@ def _official_folder(model: OfficialModel, concepts: str | Path | None, tokenize
         key[2] = _fingerprint(tokenizer_path)
     folder = home() / "converted" / "-".join([*key, f"v{_LAYOUT_VERSION}"])
     if not (folder / "config.json").is_file():
-        _convert(model, folder, concepts_path or _download_official(f"concepts/{key[1]}.pkl"), tokenizer_path)
+        wanted = [model.file] if concepts_path is not None else [model.file, f"concepts/{key[1]}.pkl"]
+        files = _official_files(wanted)
+        _convert(model, folder, files[0], concepts_path or files[1], tokenizer_path)
     return folder
 
 
-def _convert(model: OfficialModel, folder: Path, concepts: Path, tokenizer: Path | None) -> None:
+def _convert(
+    model: OfficialModel, folder: Path, checkpoint: Path, concepts: Path, tokenizer: Path | None
+) -> None:
     from .tap.conversion import convert_checkpoint
 
-    checkpoint = _download_official(model.file)
     check_file(checkpoint, model)
     logger.info("converting %s once, to %s", checkpoint, folder)
     try:
@@ -224,15 +227,16 @@ def _tokenizer_path(tokenizer: str | Path | None) -> Path | None:
     return path
 
 
-def _download_official(file: str) -> Path:
-    """A file of the official repository: the one in the download folder, else from the hub."""
-    placed = home() / "downloads" / file
-    if placed.is_file():
-        return placed
+def _official_files(files: list[str]) -> list[Path]:
+    """Files of the official repository: those in the download folder, others from the hub."""
+    folder = home() / "downloads"
     try:
-        return download(OFFICIAL_REPO, file)
+        return [
+            folder / file if (folder / file).is_file() else download(OFFICIAL_REPO, file) for file in files
+        ]
     except MissingFileError as error:
-        raise MissingFileError(f"{error}. Or get the file by other means and put it at {placed}") from None
+        places = " and ".join(str(folder / file) for file in files if not (folder / file).is_file())
+        raise MissingFileError(f"{error}. Or get the files by other means and put them at {places}") from None
 
 
 def _blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Pipeline
 
 from .concepts import ConceptSpace
-from .encoded import EncodedImage, encode_image, full_masks, prompt_rows
+from .encoded import EncodedImage, TightMask, encode_image, prompt_rows, tight_masks
 from .errors import InputError, MissingFileError
 from .everything import EverythingConfig, segment_everything
 from .images import load_image
 from .loading import Concepts, load_concepts, load_tap, parse_device
-from .masks import BoolArray, mask_to_box
 from .regions import MaskPrompt, Region, normalize_region_lists
 from .tap.modeling_tap import TapForConditionalGeneration, take_slots
 from .tap.processing_tap import TapProcessor
@@ -47,13 +45,20 @@ class _Job:
     rows: tuple[Tensor, Tensor] | None = None  # input_points, input_labels
     everything: EverythingConfig | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture."""
+        encoded = isinstance(self.image, EncodedImage)
+        return self.image.original_size if encoded else (self.image.height, self.image.width)
+
 
 @dataclass
 class _Answer:
     """What the model says about N regions of one picture."""
 
     regions: Sequence[Region]
-    masks: Sequence[BoolArray]
+    size: tuple[int, int]  # (height, width) of the picture
+    masks: Sequence[TightMask]
     iou_scores: Sequence[float]
     embeds: Tensor  # (N, E)
     captions: list[str]
@@ -240,8 +245,9 @@ class RegionPipeline(Pipeline):
         picture = image if isinstance(image, EncodedImage) else load_image(image)
         if everything is not False:
             return _Job(picture, [], everything=EverythingConfig.from_options(everything))
-        size = picture.original_size if isinstance(picture, EncodedImage) else (picture.height, picture.width)
-        return _Job(picture, regions, prompt_rows(self.processor, regions, size, mask_prompt))
+        job = _Job(picture, regions)
+        job.rows = prompt_rows(self.processor, regions, job.size, mask_prompt)
+        return job
 
     def _forward(  # type: ignore[override]
         self,
@@ -254,21 +260,19 @@ class RegionPipeline(Pipeline):
         if job.everything is not None:
             found = segment_everything(self.model, self.processor, job.image, job.everything, progress)
             texts = self._captions(found.semantic_tokens, captions, generate_kwargs)
-            scores = found.iou_scores.tolist()
-            return _Answer(found.regions, list(found.masks), scores, found.semantic_embeds, texts)
+            return _Answer(found.regions, job.size, found.masks, found.iou_scores, found.semantic_embeds, texts)
         return self._describe(job, captions, generate_kwargs, batch_size)
 
     def _describe(
         self, job: _Job, captions: bool | None, generate_kwargs: Mapping[str, Any] | None, batch_size: int
     ) -> _Answer:
         """Answer given regions, `batch_size` at a time; without regions nothing is encoded."""
-        answer = _Answer(job.regions, [], [], torch.zeros(0), [])
         if not job.regions or job.rows is None:
-            return answer
+            return _Answer([], job.size, [], [], torch.zeros(0), [])
         encoded = job.image
         if not isinstance(encoded, EncodedImage):
             encoded = encode_image(self.model, self.processor, encoded)
-        masks: list[BoolArray] = []
+        masks: list[TightMask] = []
         tokens, embeds, scores = [], [], []
         for points, labels in zip(*(rows.split(batch_size) for rows in job.rows), strict=True):
             out = self.model(
@@ -276,12 +280,12 @@ class RegionPipeline(Pipeline):
                 input_labels=labels.to(self.device),
                 image_embeddings=encoded.image_embeddings,
             )
-            masks += map(_compact, full_masks(self.processor, take_slots(out.pred_masks, out.slots), encoded))
+            masks += tight_masks(self.processor, take_slots(out.pred_masks, out.slots), encoded)
             scores += take_slots(out.iou_scores, out.slots).tolist()
             tokens.append(take_slots(out.semantic_tokens, out.slots))
             embeds.append(take_slots(out.semantic_embeds, out.slots))
         texts = self._captions(torch.cat(tokens), captions, generate_kwargs)
-        return _Answer(job.regions, masks, scores, torch.cat(embeds).cpu(), texts)
+        return _Answer(job.regions, job.size, masks, scores, torch.cat(embeds).cpu(), texts)
 
     def _captions(self, tokens: Tensor, wanted: bool | None, options: Mapping[str, Any] | None) -> list[str]:
         """Captions of semantic tokens (N, D); empty ones where they are not wanted or not possible."""
@@ -296,7 +300,7 @@ class RegionPipeline(Pipeline):
         answer = model_outputs
         named = self._names(answer.embeds, top_k) if answer.regions else []
         columns = zip(answer.regions, answer.masks, answer.iou_scores, named, answer.captions, strict=True)
-        return [_result(*column, top_k) for column in columns]
+        return [_result(answer.size, *column, top_k) for column in columns]
 
     def _names(self, embeds: Tensor, top_k: int) -> list[list[list[Any]]]:
         """[[name, score], ...] for each of (N, E), best first; empty without a concept space."""
@@ -318,28 +322,26 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _result(region: Region, mask: BoolArray, iou: float, names: list[list[Any]], caption: str, top_k: int) -> Result:
+def _result(
+    size: tuple[int, int],
+    region: Region,
+    mask: TightMask,
+    iou: float,
+    names: list[list[Any]],
+    caption: str,
+    top_k: int,
+) -> Result:
     best = names[0] if names else ["", 0.0]
     result = {
         "region": region,
-        "mask": mask,
-        "box": mask_to_box(mask),
+        "mask": mask.full(*size),
+        "box": None if mask.box is None else list(mask.box),
         "iou": iou,
         "concept": best[0],
         "concept_score": best[1],
         "caption": caption,
     }
     return {**result, "concepts": names} if top_k > 1 else result
-
-
-def _compact(mask: BoolArray) -> BoolArray:
-    """The same (H, W) mask on fresh zero pages: rows outside its box then take no memory."""
-    fresh = np.zeros(mask.shape, dtype=bool)
-    box = mask_to_box(mask)
-    if box is not None:
-        x0, y0, x1, y1 = box
-        fresh[y0:y1, x0:x1] = mask[y0:y1, x0:x1]
-    return fresh
 
 
 def register_pipeline() -> None:

@@ -68,7 +68,8 @@ def _some(names: list[str]) -> str:
 
 def _official_layout(model: TapForConditionalGeneration) -> dict[str, Tensor]:
     """The model's tensors under official names and in the official layout."""
-    layout = layout_to_official(model.state_dict(), model.config.text_config.num_attention_heads)
+    text: Any = model.config.text_config
+    layout = layout_to_official(model.state_dict(), text.num_attention_heads)
     names = {name: official_name(name) for name in layout}
     strangers = [name for name, official in names.items() if official is None]
     if strangers:
@@ -143,7 +144,7 @@ def model_from_official(
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    config = infer_config(state_dict)
+    config: Any = infer_config(state_dict)
     config.dtype = dtype
     with torch.device("meta"):
         expected = _official_layout(TapForConditionalGeneration(config))
@@ -175,30 +176,39 @@ def image_processor_from_official(state_dict: Mapping[str, Tensor]) -> TapImageP
 
     Returns:
         The processor, with RGB in 0..1; without statistics in the checkpoint, those of the released models.
+
+    Raises:
+        InputError: not a TAP checkpoint, or statistics that are no colours.
     """
     options: dict[str, Any] = {"size": {"longest_edge": canvas_of(state_dict)}}
     statistics = (("pixel_mean", "image_mean", 1), ("pixel_rsig", "image_std", -1))
     for official, ours, power in statistics:
         if official in state_dict:
             values = state_dict[official].float().flip(0).numpy()
+            if values.shape != (3,) or not np.all(np.isfinite(values)) or np.any(values <= 0):
+                raise InputError(f"{official} must be three positive numbers, got {values.tolist()}")
             options[ours] = [_shortest(float(value) ** power / 255, value, power) for value in values]
     return TapImageProcessor(**options)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder; choose another output")
 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place at the end; errors leave nothing behind."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder; choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
-        yield folder
-        try:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+            folder = Path(temporary) / "new"
+            folder.mkdir()
+            yield folder
+            _check_free(output)  # someone else may have filled it meanwhile
             folder.replace(output)
-        except OSError:  # someone else filled it meanwhile
-            raise InputError(f"{output} exists and is not an empty folder; choose another output") from None
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}") from None
 
 
 def convert_checkpoint(
@@ -228,20 +238,23 @@ def convert_checkpoint(
         InputError: any of the files cannot be used, or the folder is not empty.
         MissingFileError: any of the files is not there.
     """
-    output = Path(output_dir)
+    output = Path(output_dir).absolute()
+    _check_free(output)
+    state = read_state_dict(checkpoint)
+    try:
+        model, report = model_from_official(state, strict, dtype)
+        image_processor = image_processor_from_official(state)
+    except InputError as error:
+        raise InputError(f"{checkpoint}: {error}") from None
+    config: Any = model.config
+    words = load_tokenizer(tokenizer, config.text_config.vocab_size) if tokenizer is not None else None
+    space = ConceptSpace.from_pretrained(concepts) if concepts is not None else None
+    if space is not None:
+        space.check_width(config.mask_decoder_config.semantic_embed_dim)
     with _new_folder(output) as folder:
-        state = read_state_dict(checkpoint)
-        try:
-            model, report = model_from_official(state, strict, dtype)
-        except InputError as error:
-            raise InputError(f"{checkpoint}: {error}") from None
-        vocabulary = model.config.text_config.vocab_size
-        words = load_tokenizer(tokenizer, vocabulary) if tokenizer is not None else None
-        if concepts is not None:
-            space = ConceptSpace.from_pretrained(str(concepts))
-            space.check_width(model.config.mask_decoder_config.semantic_embed_dim)
+        if space is not None:
             space.save_pretrained(folder)
-        TapProcessor(image_processor_from_official(state), words).save_pretrained(folder)
+        TapProcessor(image_processor, words).save_pretrained(folder)
         model.save_pretrained(folder)
     return report
 
@@ -278,18 +291,19 @@ def export_official(
     Raises:
         InputError: the model has parts or head sizes that official checkpoints cannot express.
     """
-    decoder, text = model.config.mask_decoder_config, model.config.text_config
+    config: Any = model.config
+    decoder, text = config.mask_decoder_config, config.text_config
     dims = {"mask decoder": (decoder, MASK_DECODER_HEAD_DIM), "caption decoder": (text, TEXT_HEAD_DIM)}
-    for part, (config, head_dim) in dims.items():
-        if config.hidden_size != config.num_attention_heads * head_dim:
-            found = config.hidden_size // config.num_attention_heads
+    for part, (sizes, head_dim) in dims.items():
+        if sizes.hidden_size != sizes.num_attention_heads * head_dim:
+            found = sizes.hidden_size // sizes.num_attention_heads
             raise InputError(
                 f"official checkpoints need heads of {head_dim} channels in the {part}, not {found}"
             )
     if model.model.vision_encoder.batch_norm_folded:
         raise InputError("this model's BatchNorm was folded for inference: load it again to export it")
     result = OrderedDict(_pixel_statistics(image_processor))
-    index = relative_index(model.config.vision_config.window_size).numpy()
+    index = relative_index(config.vision_config.window_size).numpy()
     for name, value in _official_layout(model).items():
         result[name] = _to_numpy(value)
         if name.endswith("rel_pos_embed.weight"):

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, split_heads
+from .attention import eager_attention_forward, few_keys_attention, prefers_few_keys, split_heads
 from .configuration_tap import TapMaskDecoderConfig
 
 
@@ -121,7 +121,10 @@ class TapMaskDecoderAttention(nn.Module):
         queries = rows_of(split_heads(self.q_proj(query), self.num_heads), query_index)
         keys = rows_of(split_heads(self.k_proj(key), self.num_heads), key_index)
         values = rows_of(split_heads(self.v_proj(value), self.num_heads), key_index)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and prefers_few_keys(queries, keys):
+            attention = few_keys_attention
         output, weights = attention(
             self, queries, keys, values, attention_mask,
             dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs,

@@ -95,7 +95,7 @@ def _vision_fields(sizes: _Sizes) -> dict[str, int | float]:
         "hidden_size": width,
         "num_hidden_layers": sizes.count(f"{encoder}.blocks.*.norm1.weight"),
         "num_attention_heads": sizes.size(table),
-        "mlp_ratio": sizes.size(f"{encoder}.blocks.0.mlp.fc1.weight") / width,
+        "mlp_ratio": sizes.size(f"{encoder}.blocks.0.mlp.fc1.weight") / max(width, 1),
         "num_bottlenecks": sizes.count(f"{encoder}.cross_conv.*.conv1.weight"),
         "output_channels": sizes.size(f"{encoder}.neck.output_conv.0.0.weight"),
         "num_channels": sizes.size(f"{encoder}.patch_embed.proj.weight", 1),
@@ -106,12 +106,12 @@ def _mask_decoder_fields(sizes: _Sizes) -> dict[str, int]:
     decoder = "image_decoder"
     blocks = f"{decoder}.transformer.blocks"
     width = sizes.size(f"{decoder}.mask_tokens.weight", 1)
+    inner = sizes.size(f"{blocks}.0.cross_attn_token_to_image.q_proj.weight")
     return {
         "hidden_size": width,
         "num_hidden_layers": sizes.count(f"{blocks}.*.norm1.weight"),
         "num_attention_heads": sizes.heads(width, MASK_DECODER_HEAD_DIM, "image decoder"),
-        "attention_downsample_rate": width
-        // sizes.size(f"{blocks}.0.cross_attn_token_to_image.q_proj.weight"),
+        "attention_downsample_rate": width // max(inner, 1),
         "mlp_dim": sizes.size(f"{blocks}.0.mlp.fc1.weight"),
         "num_masks": NUM_MASKS,
         "upscale_dim": sizes.size(f"{decoder}.output_conv.0.weight", 1),
@@ -156,15 +156,14 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> TapConfig:
         "image_size": vision["image_size"],
         "num_point_embeddings": sizes.size("prompt_encoder.point_embed.weight"),
     }
+    decoder, text = _mask_decoder_fields(sizes), _text_fields(sizes)
     try:
         return TapConfig(
-            vision_config=vision,
-            prompt_config=prompt,
-            mask_decoder_config=_mask_decoder_fields(sizes),
-            text_config=_text_fields(sizes),
+            vision_config=vision, prompt_config=prompt, mask_decoder_config=decoder, text_config=text
         )
     except (ValueError, ZeroDivisionError, StrictDataclassError) as error:
-        raise InputError(f"the sizes in this checkpoint do not fit together: {error}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"the sizes in this checkpoint do not fit together: {reason}") from None
 
 
 __all__ = ["MASK_DECODER_HEAD_DIM", "TEXT_HEAD_DIM", "canvas_of", "infer_config"]

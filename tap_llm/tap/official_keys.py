@@ -112,7 +112,7 @@ def official_name(name: str) -> str | None:
 
 
 def relative_index(window: int) -> Tensor:
-    """Official `rel_pos_embed.index`: (window², window²) int64, place in the bias table per pair of patches."""
+    """Official `rel_pos_embed.index`: (window², window²) int64, place in the bias table per pair."""
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     rows, columns = (axis.flatten()[:, None] - axis.flatten()[None, :] + window - 1 for axis in (y, x))
     return rows * (2 * window - 1) + columns
