@@ -114,9 +114,9 @@ def tight_masks(processor: Any, logits: Tensor, encoded: EncodedImage) -> Iterat
     side = canvas_side(processor.image_processor)
     sizes = zip(encoded.resized_size, encoded.original_size, strict=True)
     rows, columns = (_Axis(logits.shape[-1], side, *size, logits.device) for size in sizes)
-    for cells, (x0, y0, x1, y1) in zip(logits.float(), cell_boxes(logits).tolist(), strict=True):
+    for cells, (x0, y0, x1, y1) in zip(logits, cell_boxes(logits).tolist(), strict=True):
         (y, low_y), (x, low_x) = rows.reach_of(y0, y1), columns.reach_of(x0, x1)
-        window = rows.weights[y, low_y] @ cells[low_y, low_x] @ columns.weights[x, low_x].T > 0
+        window = rows.weights[y, low_y] @ cells[low_y, low_x].float() @ columns.weights[x, low_x].T > 0
         yield _cut_out(window.cpu().numpy(), x.start, y.start)
 
 
