@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import SamConfig, SamModel
 
 from tap_llm.tap import TapConfig, TapForConditionalGeneration
-from tap_llm.tap.modeling_tap import take_slots
+from tap_llm.tap.outputs import take_slots
 
 SIDE = 1024
 
@@ -84,8 +85,8 @@ def bench_boxes(rounds: int) -> None:
         boxes = rows["input_points"].flatten(1)[None]
         best = interleaved(
             {
-                "tap": lambda rows=rows: tap(image_embeddings=embeddings, **rows),
-                "sam": lambda boxes=boxes: sam(image_embeddings=embeddings, input_boxes=boxes),
+                "tap": partial(tap, image_embeddings=embeddings, **rows),
+                "sam": partial(sam, image_embeddings=embeddings, input_boxes=boxes),
             },
             rounds,
         )
@@ -97,7 +98,7 @@ def bench_captions(rounds: int) -> None:
     tap = build_tap()
     tokens = torch.randn(64, 256)
     best = interleaved(
-        {str(n): lambda n=n: tap.generate(semantic_tokens=tokens[:n], min_new_tokens=38) for n in (1, 16, 64)}, rounds
+        {str(n): partial(tap.generate, semantic_tokens=tokens[:n], min_new_tokens=38) for n in (1, 16, 64)}, rounds
     )
     report("captions, 64 over 16", best, best["64"] / best["16"], "<= 3.5")
     ends = EndAt(torch.linspace(4, 20, 64).round().long())
@@ -145,7 +146,9 @@ def bench_reuse() -> None:
     start = time.perf_counter()
     for _ in range(20):
         tap(image_embeddings=embeddings, **box_rows(1))
-    print(f"{'20 prompts on one image':<28} encoder runs: {calls} (aim 1), {time.perf_counter() - start:.2f} s after it")
+    print(
+        f"{'20 prompts on one image':<28} encoder runs: {calls} (aim 1), {time.perf_counter() - start:.2f} s after it"
+    )
 
 
 def peak_memory() -> None:

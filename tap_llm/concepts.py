@@ -37,16 +37,13 @@ class ConceptSpace:
         InputError: names that are empty, double or not strings; weights of another shape or not finite.
     """
 
-    def __init__(
-        self, names: Sequence[str], weights: Tensor | np.ndarray, info: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], weights: Tensor | np.ndarray, info: dict[str, Any] | None = None) -> None:
         self.names = _checked_names(names)
         self.weights = torch.as_tensor(weights).detach().to(torch.float32)
         self.info: dict[str, Any] = dict(info or {})
         if self.weights.ndim != 2 or self.weights.shape[1] != len(self.names):
             raise InputError(
-                f"concept weights must be (E, {len(self.names)}), one column per name, "
-                f"got {tuple(self.weights.shape)}"
+                f"concept weights must be (E, {len(self.names)}), one column per name, got {tuple(self.weights.shape)}"
             )
         if not torch.isfinite(self.weights).all():
             raise InputError("concept weights contain NaN or infinite values: the file is damaged")
@@ -95,9 +92,7 @@ class ConceptSpace:
         """
         self.check_width(semantic_embeds.shape[-1])
         self.to(semantic_embeds.device)
-        with torch.autocast(
-            semantic_embeds.device.type, enabled=False
-        ):  # half precision would move probabilities
+        with torch.autocast(semantic_embeds.device.type, enabled=False):  # half precision would move probabilities
             return normalize(semantic_embeds.float(), dim=-1, eps=_MIN_NORM) @ self.weights
 
     def classify(self, semantic_embeds: Tensor, top_k: int = 1) -> tuple[list[Any], Tensor]:
@@ -121,9 +116,7 @@ class ConceptSpace:
         return self._names_of(ranked.indices[..., :top_k].tolist()), ranked.values[..., :top_k]
 
     def _names_of(self, indices: Any) -> Any:
-        return (
-            [self._names_of(item) for item in indices] if isinstance(indices, list) else self.names[indices]
-        )
+        return [self._names_of(item) for item in indices] if isinstance(indices, list) else self.names[indices]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `concepts.safetensors` (tensor `weights`) and `concepts.json` into a folder."""
@@ -158,9 +151,7 @@ class ConceptSpace:
         from .hub import download, is_hub_id
 
         if not is_hub_id(str(source)):
-            raise MissingFileError(
-                f"there are no concepts at {source}: give a folder, a .pkl file or a hub id"
-            )
+            raise MissingFileError(f"there are no concepts at {source}: give a folder, a .pkl file or a hub id")
         files = (download(str(source), name, **hub_options) for name in (WEIGHTS_FILE, NAMES_FILE))
         return cls._from_files(*files)
 
@@ -234,9 +225,7 @@ class ConceptSpace:
         names = _checked_names(names)
         bad = [template for template in templates if "{}" not in template]
         if bad or not templates or isinstance(templates, str):
-            raise InputError(
-                f"templates must be texts with {{}} in place of the name, got {bad or templates!r}"
-            )
+            raise InputError(f"templates must be texts with {{}} in place of the name, got {bad or templates!r}")
         if model is None or tokenizer is None:
             raise InputError("a concept space needs the CLIP model and the tokenizer that embed its names")
         texts = [template.replace("{}", name) for name in names for template in templates]

@@ -131,11 +131,11 @@ class _Axis:
 
     def reach_of(self, first: int, stop: int) -> tuple[slice, slice]:
         """Pixels that cells first..stop can make positive, and all cells that these pixels depend on."""
-        pixels = _extent(self.touches[:, first:stop].any(axis=1))
-        return pixels, _extent(self.touches[pixels].any(axis=0))
+        pixels = _extent(np.any(self.touches[:, first:stop], axis=1))
+        return pixels, _extent(np.any(self.touches[pixels], axis=0))
 
 
-def _extent(line: BoolArray) -> slice:
+def _extent(line: Any) -> slice:
     inside = np.flatnonzero(line)
     return slice(int(inside[0]), int(inside[-1]) + 1) if inside.size else slice(0, 0)
 

@@ -36,7 +36,7 @@ _EDGE_TOLERANCE = 0.02  # of a crop's longer side: a mask this near to the borde
 class EverythingConfig:
     """Settings of everything mode; the defaults suit photos."""
 
-    points_per_side: int = 32  # grid on the whole picture, n x n points
+    points_per_side: int | tuple[int, ...] = 32  # grid on the whole picture, n x n points; or several densities
     points_per_batch: int = 64  # points decoded at once: bounds memory, does not change results
     pred_iou_threshold: float = 0.88  # candidates with a lower predicted IoU are dropped
     stability_threshold: float = 0.95  # ... and with a lower stability, see `stability_scores`
@@ -49,7 +49,8 @@ class EverythingConfig:
     crop_points_divisor: int = 2  # points_per_side is divided by this once per layer
 
     def __post_init__(self) -> None:
-        for name in ("points_per_side", "points_per_batch", "crop_points_divisor"):
+        _require(len(self.densities) > 0 and min(self.densities) >= 1, "points_per_side", "at least 1", self)
+        for name in ("points_per_batch", "crop_points_divisor"):
             _require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("min_area", "stability_offset", "crop_layers"):
             _require(getattr(self, name) >= 0, name, "at least 0", self)
@@ -57,6 +58,11 @@ class EverythingConfig:
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", self)
         _require(0 <= self.crop_overlap < 1, "crop_overlap", "at least 0 and below 1", self)
         _require(self.crop_layers <= 4, "crop_layers", "at most 4 (256 crops)", self)
+
+    @property
+    def densities(self) -> tuple[int, ...]:
+        """Points per side of each grid."""
+        return (self.points_per_side,) if isinstance(self.points_per_side, int) else tuple(self.points_per_side)
 
     @classmethod
     def from_options(cls, options: bool | Mapping[str, Any] | EverythingConfig) -> EverythingConfig:
@@ -144,6 +150,12 @@ def point_grid(points_per_side: int, height: int, width: int) -> FloatArray:
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 
+def _layer_grid(config: EverythingConfig, layer: int, height: int, width: int) -> FloatArray:
+    """Points of all densities on a crop of this layer; deeper layers have coarser grids."""
+    divisor = config.crop_points_divisor**layer
+    return np.concatenate([point_grid(max(1, n // divisor), height, width) for n in config.densities])
+
+
 def crop_boxes(height: int, width: int, layers: int, overlap: float) -> list[tuple[int, Box]]:
     """(layer, box) of the whole picture, layer 0, and of 2^i x 2^i overlapping crops for each further layer i.
 
@@ -213,10 +225,7 @@ def segment_everything(
     config = config or EverythingConfig()
     picture = image.image if isinstance(image, EncodedImage) else image
     crops = crop_boxes(picture.height, picture.width, config.crop_layers, config.crop_overlap)
-    grids = [
-        point_grid(max(1, config.points_per_side // config.crop_points_divisor**layer), y1 - y0, x1 - x0)
-        for layer, (x0, y0, x1, y1) in crops
-    ]
+    grids = [_layer_grid(config, layer, y1 - y0, x1 - x0) for layer, (x0, y0, x1, y1) in crops]
     found: list[_Found] = []
     with tqdm(total=sum(map(len, grids)), unit="point", desc="everything", disable=not progress) as bar:
         for (layer, box), grid in zip(crops, grids, strict=True):

@@ -115,9 +115,7 @@ def download(repo: str, file: str, **options: Any) -> Path:
         ) from None
 
 
-def resolve_model(
-    name: str | Path, *, concepts: str | Path | None = None, tokenizer: str | Path | None = None
-) -> str:
+def resolve_model(name: str | Path, *, concepts: str | Path | None = None, tokenizer: str | Path | None = None) -> str:
     """Find a model.
 
     Args:
@@ -183,9 +181,7 @@ def _official_folder(model: OfficialModel, concepts: str | Path | None, tokenize
     return folder
 
 
-def _convert(
-    model: OfficialModel, folder: Path, checkpoint: Path, concepts: Path, tokenizer: Path | None
-) -> None:
+def _convert(model: OfficialModel, folder: Path, checkpoint: Path, concepts: Path, tokenizer: Path | None) -> None:
     from .tap.conversion import convert_checkpoint
 
     check_file(checkpoint, model)
@@ -231,9 +227,7 @@ def _official_files(files: list[str]) -> list[Path]:
     """Files of the official repository: those in the download folder, others from the hub."""
     folder = home() / "downloads"
     try:
-        return [
-            folder / file if (folder / file).is_file() else download(OFFICIAL_REPO, file) for file in files
-        ]
+        return [folder / file if (folder / file).is_file() else download(OFFICIAL_REPO, file) for file in files]
     except MissingFileError as error:
         places = " and ".join(str(folder / file) for file in files if not (folder / file).is_file())
         raise MissingFileError(f"{error}. Or get the files by other means and put them at {places}") from None

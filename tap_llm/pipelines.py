@@ -26,7 +26,8 @@ from .everything import EverythingConfig, segment_everything
 from .images import load_image
 from .loading import Concepts, load_concepts, load_tap, parse_device
 from .regions import MaskPrompt, Region, normalize_region_lists
-from .tap.modeling_tap import TapForConditionalGeneration, take_slots
+from .tap.modeling_tap import TapForConditionalGeneration
+from .tap.outputs import take_slots
 from .tap.processing_tap import TapProcessor
 from .tap.tokenization import NO_TOKENIZER_MESSAGE
 

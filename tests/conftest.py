@@ -49,8 +49,6 @@ def golden_folder(
     folder = tmp_path_factory.mktemp("golden")
     (folder / "weights.pkl").write_bytes(pickle.dumps(golden_arrays))
     tokenizer = TOKENIZER if TOKENIZER.is_file() else None
-    report = convert_checkpoint(
-        folder / "weights.pkl", folder / "out", golden_data / "concepts_scaled.pkl", tokenizer
-    )
+    report = convert_checkpoint(folder / "weights.pkl", folder / "out", golden_data / "concepts_scaled.pkl", tokenizer)
     assert report.fits
     return folder / "out"

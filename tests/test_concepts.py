@@ -103,7 +103,7 @@ def test_repr_says_what_it_is() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    original = ConceptSpace(["café", "dog"], np.random.rand(4, 2), {"logit_scale": 100.0})
+    original = ConceptSpace(["café", "dog"], np.random.default_rng(0).random((4, 2)), {"logit_scale": 100.0})
     original.save_pretrained(tmp_path / "model")
     loaded = ConceptSpace.from_pretrained(tmp_path / "model")
     assert loaded.names == ["café", "dog"] and loaded.info == {"logit_scale": 100.0}

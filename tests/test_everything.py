@@ -13,6 +13,7 @@ from tap_llm.encoded import encode_image, tight_masks
 from tap_llm.errors import InputError
 from tap_llm.everything import (
     EverythingConfig,
+    _layer_grid,
     crop_boxes,
     point_grid,
     segment_everything,
@@ -279,3 +280,11 @@ def test_exact_suppression_looks_inside_boxes(processor):
     assert found.semantic_tokens[:, 0].tolist() == [3.0, 1.0]  # slot 2 is near slot 3; slot 1 is the other triangle
     nothing_dropped = EverythingConfig(**config, mask_nms_threshold=1)
     assert len(segment_everything(Triangles(), processor, Image.new("RGB", (128, 128)), nothing_dropped).masks) == 3
+
+
+def test_several_grid_densities_are_joined() -> None:
+    config = EverythingConfig(points_per_side=(4, 2), crop_layers=1)
+    assert len(_layer_grid(config, 0, 100, 100)) == 16 + 4
+    assert len(_layer_grid(config, 1, 100, 100)) == 4 + 1
+    with pytest.raises(InputError, match="points_per_side"):
+        EverythingConfig(points_per_side=())

@@ -105,9 +105,7 @@ def test_official_name_is_downloaded_checked_and_converted_once(downloads: list[
     assert (folder / "model.safetensors").is_file() and folder.is_relative_to(hub.home())
     assert len(ConceptSpace.from_pretrained(folder)) == 4 and not (folder / "tokenizer.json").exists()
     assert sorted(downloads) == ["concepts/merged_2560.pkl", f"models/{NAME}.pkl"]
-    assert (
-        hub.resolve_model(NAME) == str(folder) and len(downloads) == 2
-    )  # the second time nothing is fetched
+    assert hub.resolve_model(NAME) == str(folder) and len(downloads) == 2  # the second time nothing is fetched
 
 
 def test_choices_get_their_own_folders(downloads: list[str], remote: Path, tmp_path: Path) -> None:
@@ -165,9 +163,7 @@ def test_files_that_the_user_placed_are_used_offline(
     assert (Path(hub.resolve_model(NAME)) / "config.json").is_file()
 
 
-def test_offline_message_says_what_to_put_where(
-    downloads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_message_says_what_to_put_where(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(MissingFileError) as error:
         hub.resolve_model(NAME)
@@ -178,9 +174,7 @@ def test_offline_message_says_what_to_put_where(
 
 
 @pytest.mark.parametrize("wrong", [{"md5_prefix": "000000"}, {"sha256": "0" * 64}])
-def test_wrong_hash_is_refused(
-    downloads: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
-) -> None:
+def test_wrong_hash_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
     monkeypatch.setitem(hub.OFFICIAL_MODELS, NAME, replace(hub.OFFICIAL_MODELS[NAME], **wrong))
     with pytest.raises(InputError, match="not the published tap_vit_b_v1_1: its (MD5|SHA-256) is") as error:
         hub.resolve_model(NAME)

@@ -24,7 +24,7 @@ import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from tap_llm.concepts import ConceptSpace
@@ -44,7 +44,7 @@ from training.provisional_shapes import (
 )
 
 SIDE, CELL = 256, 16  # canvas and patch, pixels
-IMAGES, PROMPTS = 8, 6  # scenes per step, regions per scene
+IMAGES, PROMPTS = 8, 4  # scenes per step, regions per scene
 VOCABULARY = 512
 LOGIT_SCALE = 30.0
 FIRST_TEST_SEED, TEST_SCENES = 10**9, 150  # training stays below
@@ -211,61 +211,69 @@ def build(run_dir: Path) -> tuple[TapForConditionalGeneration, TapProcessor, Con
     return model, processor, ConceptSpace(list(SHAPE_NAMES), LOGIT_SCALE * directions)
 
 
-def save_checkpoint(path: Path, trainee: Trainee, optimizer: Optimizer, **progress: float) -> None:
+def make_optimizers(module: nn.Module, lr: float) -> list[Optimizer]:
+    """Muon for the matrices of attention and MLPs (names start in half the time), AdamW for the rest."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        is_matrix = name.endswith(("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight"))
+        (matrices if is_matrix else rest).append(parameter)
+    muon = Muon([{"params": matrices, "peak": 3 * lr}], weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, AdamW([{"params": rest, "peak": lr}], weight_decay=0.05)]
+
+
+def save_checkpoint(path: Path, trainee: Trainee, optimizers: list[Optimizer], **progress: float) -> None:
     """Write a checkpoint in one step, so that a killed run leaves a whole one."""
     part = path.with_suffix(".part")
-    torch.save({"model": trainee.state_dict(), "optimizer": optimizer.state_dict(), **progress}, part)
+    torch.save({"model": trainee.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **progress}, part)
     os.replace(part, path)
 
 
-def learning_rate(step: int, done: float, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up over steps, then a cosine over the share of the time budget that is used up."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def schedule(step: int, done: float, warmup: int = 50) -> float:
+    """Factor on the learning rate: linear warm-up over steps, then a cosine over the share of the time used up."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def load_checkpoint(path: Path, trainee: Trainee, optimizer: Optimizer) -> tuple[int, float]:
+def load_checkpoint(path: Path, trainee: Trainee, optimizers: list[Optimizer]) -> tuple[int, float]:
     """Steps done and seconds spent, (0, 0.0) without a checkpoint."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
     trainee.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     print(f"resumed at step {state['step']}, {state['seconds'] / 60:.1f} min")
     return state["step"], state["seconds"]
 
 
-def train_step(trainee: Trainee, batch: dict[str, Tensor], optimizer: Optimizer, lr: float) -> dict[str, float]:
-    """One step; the losses before it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def train_step(
+    trainee: Trainee, batch: dict[str, Tensor], optimizers: list[Optimizer], rate: float
+) -> dict[str, float]:
+    """One step at a share of the peak learning rates; the losses before it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = trainee(**batch)
-    optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        optimizer.step()
+        optimizer.zero_grad()
     return {name: loss.item() for name, loss in losses.items()}
 
 
 def train(trainee: Trainee, dataset: Batches, args: argparse.Namespace) -> int:
     """Train for `args.minutes`, time before an interruption included; the number of steps."""
-    optimizer = AdamW(parameter_groups(trainee, 0.05), lr=args.lr)
+    optimizers = make_optimizers(trainee, args.lr)
     path = args.run_dir / "checkpoint.pt"
-    step, seconds = load_checkpoint(path, trainee, optimizer)
+    step, seconds = load_checkpoint(path, trainee, optimizers)
     budget, saved, tick = 60 * args.minutes, seconds, time.time()
     smooth: dict[str, float] = {}
     trainee.train()
     # Scenes are drawn by a process of their own.
     batches = iter(DataLoader(dataset, batch_size=None, sampler=range(step, len(dataset)), num_workers=1))
     while seconds < budget:
-        losses = train_step(trainee, next(batches), optimizer, learning_rate(step, seconds / budget, args.lr))
+        losses = train_step(trainee, next(batches), optimizers, schedule(step, seconds / budget))
         step, previous, tick = step + 1, tick, time.time()
         seconds += min(tick - previous, LONGEST_STEP)
         smooth = {name: 0.95 * smooth.get(name, value) + 0.05 * value for name, value in losses.items()}
@@ -275,7 +283,7 @@ def train(trainee: Trainee, dataset: Batches, args: argparse.Namespace) -> int:
             print(f"step {step} {text} | {progress}", flush=True)
         if seconds - saved > 120 or seconds >= budget:
             saved = seconds
-            save_checkpoint(path, trainee, optimizer, step=step, seconds=seconds)
+            save_checkpoint(path, trainee, optimizers, step=step, seconds=seconds)
     return step
 
 
@@ -378,7 +386,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tap-tiny"), help="checkpoint, resumed if any")
     parser.add_argument("--minutes", type=float, default=30, help="wall clock of the training")
-    parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

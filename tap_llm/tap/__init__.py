@@ -4,7 +4,8 @@ from .caption_decoder import TapCaptionDecoder, TapTextModel
 from .configuration_tap import TapConfig, TapMaskDecoderConfig, TapPromptConfig, TapTextConfig, TapVisionConfig
 from .image_processing_tap import TapImageProcessor
 from .mask_decoder import TapMaskDecoder
-from .modeling_tap import TapForConditionalGeneration, TapModel, TapOutput
+from .modeling_tap import TapForConditionalGeneration, TapModel
+from .outputs import TapOutput
 from .processing_tap import TapProcessor
 from .prompt_encoder import TapPromptEncoder
 from .vision_encoder import TapVisionEncoder

@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+SubConfig = Any  # a config or a dict of its fields; Transformers turns it into the class
+
 
 @strict
 class TapVisionConfig(PreTrainedConfig):
@@ -75,7 +77,8 @@ class TapVisionConfig(PreTrainedConfig):
             )
         if self.num_hidden_layers % self.num_bottlenecks:
             raise ValueError(
-                f"num_hidden_layers {self.num_hidden_layers} is not a multiple of num_bottlenecks {self.num_bottlenecks}"
+                f"num_hidden_layers {self.num_hidden_layers} is not a multiple of num_bottlenecks "
+                f"{self.num_bottlenecks}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -263,10 +266,10 @@ class TapConfig(PreTrainedConfig):
         "text_config": TapTextConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    prompt_config: dict | PreTrainedConfig | None = None
-    mask_decoder_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: SubConfig = None
+    prompt_config: SubConfig = None
+    mask_decoder_config: SubConfig = None
+    text_config: SubConfig = None
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 
@@ -290,7 +293,12 @@ class TapConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Widths and canvas sizes of the parts must agree; raises ValueError."""
-        vision, prompt, decoder, text = self.vision_config, self.prompt_config, self.mask_decoder_config, self.text_config
+        vision, prompt, decoder, text = (
+            self.vision_config,
+            self.prompt_config,
+            self.mask_decoder_config,
+            self.text_config,
+        )
         widths = {
             "vision_config.output_channels": vision.output_channels,
             "prompt_config.hidden_size": prompt.hidden_size,
@@ -302,7 +310,8 @@ class TapConfig(PreTrainedConfig):
             raise ValueError(f"the parts of TAP must share one width, got {listed}")
         if prompt.image_size != vision.image_size:
             raise ValueError(
-                f"prompt_config.image_size {prompt.image_size} differs from vision_config.image_size {vision.image_size}"
+                f"prompt_config.image_size {prompt.image_size} differs from vision_config.image_size "
+                f"{vision.image_size}"
             )
 
 

@@ -73,9 +73,7 @@ def _official_layout(model: TapForConditionalGeneration) -> dict[str, Tensor]:
     names = {name: official_name(name) for name in layout}
     strangers = [name for name, official in names.items() if official is None]
     if strangers:
-        raise InputError(
-            f"official checkpoints have no place for {_some(strangers)}: export an unmodified TAP model"
-        )
+        raise InputError(f"official checkpoints have no place for {_some(strangers)}: export an unmodified TAP model")
     return {str(names[name]): value for name, value in layout.items()}
 
 
@@ -84,9 +82,7 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Con
     report = ConversionReport()
     for name, needed in expected.items():
         if name not in state:
-            if not name.endswith(
-                "num_batches_tracked"
-            ):  # released files lack these; they only count training steps
+            if not name.endswith("num_batches_tracked"):  # released files lack these; they only count training steps
                 report.missing.append(name)
         elif state[name].shape != needed.shape:
             report.mismatched.append((name, tuple(state[name].shape), tuple(needed.shape)))
@@ -261,8 +257,7 @@ def convert_checkpoint(
 
 def _pixel_statistics(image_processor: TapImageProcessor) -> dict[str, np.ndarray]:
     mean, std = (
-        np.asarray(values, dtype=np.float64)
-        for values in (image_processor.image_mean, image_processor.image_std)
+        np.asarray(values, dtype=np.float64) for values in (image_processor.image_mean, image_processor.image_std)
     )
     scale = 1 / image_processor.rescale_factor
     return {
@@ -297,9 +292,7 @@ def export_official(
     for part, (sizes, head_dim) in dims.items():
         if sizes.hidden_size != sizes.num_attention_heads * head_dim:
             found = sizes.hidden_size // sizes.num_attention_heads
-            raise InputError(
-                f"official checkpoints need heads of {head_dim} channels in the {part}, not {found}"
-            )
+            raise InputError(f"official checkpoints need heads of {head_dim} channels in the {part}, not {found}")
     if model.model.vision_encoder.batch_norm_folded:
         raise InputError("this model's BatchNorm was folded for inference: load it again to export it")
     result = OrderedDict(_pixel_statistics(image_processor))
@@ -307,13 +300,12 @@ def export_official(
     for name, value in _official_layout(model).items():
         result[name] = _to_numpy(value)
         if name.endswith("rel_pos_embed.weight"):
-            result[name.replace(".weight", ".index")] = index
+            # A copy each: pickle would store a shared array once, and the file would look like a bomb.
+            result[name.replace(".weight", ".index")] = index.copy()
     return result
 
 
-def save_official(
-    model: TapForConditionalGeneration, image_processor: TapImageProcessor, path: str | Path
-) -> None:
+def save_official(model: TapForConditionalGeneration, image_processor: TapImageProcessor, path: str | Path) -> None:
     """Write a model as an official checkpoint: a pickled OrderedDict of NumPy arrays.
 
     Args:

@@ -18,7 +18,7 @@ from transformers.utils import TensorType
 _UPSCALE_ROWS = 16
 
 
-class TapImageProcessorKwargs(ImagesKwargs, total=False):
+class TapImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of [`TapImageProcessor`]: those of Transformers, nothing more."""
 
 
@@ -37,7 +37,8 @@ def resized_size(height: int, width: int, target: int) -> tuple[int, int]:
         (height, width) after the resize.
     """
     scale = resize_factor(height, width, target)
-    return tuple(min(max(int(side * scale + 0.5), 1), target) for side in (height, width))  # type: ignore[return-value]
+    resized_height, resized_width = (min(max(int(side * scale + 0.5), 1), target) for side in (height, width))
+    return resized_height, resized_width
 
 
 def resize_factor(height: int, width: int, target: int) -> float:
@@ -81,7 +82,7 @@ class TapImageProcessor(PilBackend):
         """
         if not size.longest_edge:
             raise ValueError(f"TAP resizes by the longest edge: size must be {{'longest_edge': side}}, got {size}")
-        height, width = resized_size(*image.shape[-2:], size.longest_edge)
+        height, width = resized_size(image.shape[-2], image.shape[-1], size.longest_edge)
         return super().resize(image, SizeDict(height=height, width=width), resample=resample)
 
     def _pad_canvas(self, image: np.ndarray, side: int, image_mean: Any, rescale_factor: float) -> np.ndarray:

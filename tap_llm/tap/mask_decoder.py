@@ -1,6 +1,7 @@
 """TAP's region decoder: prompts and image in, masks, scores and semantic tokens out (arXiv:2312.09128, section 3).
 
-Symbols: B images, N regions, n prompt tokens, T = 9 + n tokens per region, L = G * G image tokens, D width, E concept width.
+Symbols: B images, N regions, n prompt tokens, T = 9 + n tokens per region, L = G * G image tokens, D width,
+E concept width.
 Rows are regions, whatever image they lie on; what depends on the image alone is computed once per image.
 """
 
@@ -188,7 +189,7 @@ class TapPixelUpsample(nn.ConvTranspose2d):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """(..., C_in) -> (..., 4, C_out): the four pixels of a token, row by row."""
         weight = self.weight.permute(2, 3, 1, 0).reshape(-1, self.in_channels)  # (4 * C_out, C_in)
-        bias = self.bias.repeat(4)
+        bias = None if self.bias is None else self.bias.repeat(4)
         return nn.functional.linear(hidden_states, weight, bias).unflatten(-1, (4, self.out_channels))
 
 
@@ -304,7 +305,8 @@ class TapMaskDecoder(PreTrainedModel):
         positions = torch.cat([learned.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)  # (N, T, D)
         mask = self._key_mask(attended, positions.dtype)
 
-        tokens, region_index = positions, region_image_index
+        tokens = positions
+        region_index: Tensor | None = region_image_index
         for layer in self.layers:
             tokens, image = layer(tokens, image, positions, image_positions, mask, region_index, **kwargs)
             region_index = None  # from the first block on, the image tokens are per region

@@ -5,7 +5,6 @@ image each row lies on. The parts live beside this file; here they are put toget
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .caption_decoder import TapCaptionDecoder
 from .configuration_tap import TapConfig
 from .generation import can_drop_rows, decode_dropping_finished
 from .mask_decoder import TapMaskDecoder, TapMaskDecoderOutput
-from .prompt_encoder import LABEL_TOP_LEFT, TapPromptEncoder, attended_points
+from .outputs import TapOutput, route_slots, take_slots
+from .prompt_encoder import TapPromptEncoder, attended_points
 from .vision_encoder import TapVisionEncoder
 
 # Captions decoded at a time: bounds the cache (2 MB a row at the official size), never changes a greedy caption.
@@ -29,56 +29,6 @@ CAPTION_CHUNK_SIZE = 128
 # busy: on a CPU three regions of the official size then stay in its cache, which is faster than all at once.
 CPU_CHUNK_BYTES = 12 * 2**20
 CHUNK_BYTES = 256 * 2**20
-
-
-@dataclass
-class TapOutput(ModelOutput):
-    """Output of [`TapModel`] and [`TapForConditionalGeneration`].
-
-    Args:
-        loss: caption loss, with `labels`.
-        logits: (N, L, V) caption logits on the text positions, with `labels`.
-        pred_masks: (N, 4, 4G, 4G) low-resolution mask logits; slot 0 answers boxes, slots 1 to 3 points.
-        iou_scores: (N, 4) float32 predicted IoU; linear, so it can leave [0, 1].
-        semantic_tokens: (N, 4, D), prefix of the caption decoder.
-        semantic_embeds: (N, 4, E), to compare with concepts.
-        slots: (N,) int64, the routed slot of each region.
-        image_embeddings: (B, D, G, G), to be given again for further prompts.
-        vision_hidden_states: hidden states of the image encoder, on request.
-        vision_attentions: attention weights of the image encoder, on request.
-        mask_decoder_attentions: attention weights of the region decoder, on request.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    pred_masks: Tensor | None = None
-    iou_scores: Tensor | None = None
-    semantic_tokens: Tensor | None = None
-    semantic_embeds: Tensor | None = None
-    slots: Tensor | None = None
-    image_embeddings: Tensor | None = None
-    vision_hidden_states: tuple[Tensor, ...] | None = None
-    vision_attentions: tuple[Tensor, ...] | None = None
-    mask_decoder_attentions: tuple[Tensor, ...] | None = None
-
-
-def route_slots(iou_scores: Tensor, input_labels: Tensor) -> Tensor:
-    """Slot that answers each prompt: 0 for a box, the best of the others for points (TAP, section 3).
-
-    Args:
-        iou_scores: (N, 4) predicted IoU.
-        input_labels: (N, n); a box prompt starts with its top-left corner.
-
-    Returns:
-        (N,) int64.
-    """
-    is_box = input_labels[:, 0] == LABEL_TOP_LEFT
-    return torch.where(is_box, 0, 1 + iou_scores[:, 1:].argmax(dim=-1))
-
-
-def take_slots(per_slot: Tensor, slots: Tensor) -> Tensor:
-    """(N, 4, ...) and (N,) -> (N, ...)."""
-    return per_slot[torch.arange(len(slots), device=per_slot.device), slots.to(per_slot.device)]
 
 
 class TapPreTrainedModel(PreTrainedModel):
@@ -151,10 +101,12 @@ class TapModel(TapPreTrainedModel):
 
     def _check_rows(
         self, input_points: Tensor | None, input_labels: Tensor | None, index: Tensor | None, num_images: int
-    ) -> Tensor:
-        """Validate the flat rows and return `region_image_index` (N,)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The flat rows (N, n, 2), (N, n) and (N,), if they fit together."""
         if input_points is None or input_labels is None:
-            raise ValueError("TAP needs input_points (N, n, 2) and input_labels (N, n): call the processor with regions")
+            raise ValueError(
+                "TAP needs input_points (N, n, 2) and input_labels (N, n): call the processor with regions"
+            )
         if input_points.shape[:2] != input_labels.shape or input_points.shape[-1] != 2:
             raise ValueError(
                 f"input_points must be (N, n, 2) and input_labels (N, n), got {tuple(input_points.shape)} and "
@@ -163,20 +115,22 @@ class TapModel(TapPreTrainedModel):
         rows = input_points.shape[0]
         if index is not None:
             if index.shape != (rows,):
-                raise ValueError(f"region_image_index must be ({rows},), one image per region, got {tuple(index.shape)}")
-            return index
+                raise ValueError(
+                    f"region_image_index must be ({rows},), one image per region, got {tuple(index.shape)}"
+                )
+            return input_points, input_labels, index
         if num_images == 1:
-            return torch.zeros(rows, dtype=torch.long, device=input_points.device)
+            return input_points, input_labels, torch.zeros(rows, dtype=torch.long, device=input_points.device)
         if num_images != rows:
             raise ValueError(
                 f"{rows} regions on {num_images} images: give region_image_index to say which region is on which image"
             )
-        return torch.arange(rows, device=input_points.device)
+        return input_points, input_labels, torch.arange(rows, device=input_points.device)
 
     def _decode(
         self, image_embeddings: Tensor, input_points: Tensor, input_labels: Tensor, index: Tensor, **kwargs: Any
     ) -> TapMaskDecoderOutput:
-        """Decode all rows at once."""
+        """Decode all rows at once; the row arguments as in [`TapModel._check_rows`]."""
         return self.mask_decoder(
             image_embeddings=image_embeddings,
             image_positions=self.prompt_encoder.grid_encoding(image_embeddings.shape[-1]),
@@ -193,7 +147,8 @@ class TapModel(TapPreTrainedModel):
             self._decode(image_embeddings, *chunk, **kwargs)
             for chunk in zip(*(row.split(size) for row in rows), strict=True)
         ]
-        return TapMaskDecoderOutput(**{key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]})
+        joined: dict[str, Any] = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+        return TapMaskDecoderOutput(**joined)
 
     @staticmethod
     def _chunk_size(image_embeddings: Tensor) -> int:
@@ -238,20 +193,18 @@ class TapModel(TapPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give exactly one of pixel_values and image_embeddings")
-        vision = None
-        if pixel_values is not None:
-            vision = self.vision_encoder(pixel_values, **kwargs)
-            image_embeddings = vision.last_hidden_state
-        index = self._check_rows(input_points, input_labels, region_image_index, len(image_embeddings))
+        vision = self.vision_encoder(pixel_values, **kwargs) if pixel_values is not None else None
+        images = image_embeddings if vision is None else vision.last_hidden_state
+        rows = self._check_rows(input_points, input_labels, region_image_index, len(images))
         decode = self._decode_in_chunks if self._wants_chunks(kwargs) else self._decode
-        decoded = decode(image_embeddings, input_points, input_labels, index, **kwargs)
+        decoded = decode(images, *rows, **kwargs)
         return TapOutput(
             pred_masks=decoded.pred_masks,
             iou_scores=decoded.iou_scores,
             semantic_tokens=decoded.semantic_tokens,
             semantic_embeds=decoded.semantic_embeds,
-            slots=route_slots(decoded.iou_scores, input_labels),
-            image_embeddings=image_embeddings,
+            slots=route_slots(decoded.iou_scores, rows[1]),
+            image_embeddings=images,
             vision_hidden_states=vision.hidden_states if vision is not None else None,
             vision_attentions=vision.attentions if vision is not None else None,
             mask_decoder_attentions=decoded.attentions,
@@ -281,7 +234,7 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the output layer of the caption decoder."""
-        self.caption_decoder.lm_head = new_embeddings
+        self.caption_decoder.set_output_embeddings(new_embeddings)
 
     def get_image_embeddings(self, pixel_values: Tensor) -> Tensor:
         """See [`TapModel.get_image_embeddings`]."""
@@ -301,9 +254,7 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         logits = self.caption_decoder(
             input_ids=ids, semantic_tokens=semantic_tokens, use_cache=False, logits_to_keep=labels.shape[1]
         ).logits
-        loss = self.caption_decoder.loss_function(
-            logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs
-        )
+        loss = self.caption_decoder.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
         return loss, logits
 
     @can_return_tuple
@@ -430,4 +381,4 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         return result
 
 
-__all__ = ["TapForConditionalGeneration", "TapModel", "TapOutput", "TapPreTrainedModel", "route_slots", "take_slots"]
+__all__ = ["TapForConditionalGeneration", "TapModel", "TapPreTrainedModel"]

@@ -42,9 +42,7 @@ class _Sizes:
         """Side of a square table stored flat along an axis."""
         size = self.size(name, axis)
         if math.isqrt(size) ** 2 != size:
-            raise InputError(
-                f"{name} has {size} entries, which is no square: only square images are supported"
-            )
+            raise InputError(f"{name} has {size} entries, which is no square: only square images are supported")
         return math.isqrt(size)
 
     def heads(self, width: int, head_dim: int, part: str) -> int:
@@ -68,9 +66,7 @@ def _check_parts(sizes: _Sizes) -> None:
     }
     for part, count in counts.items():
         if count != NUM_MASKS:
-            raise InputError(
-                f"TAP has {NUM_MASKS} {part}, this checkpoint has {count}: it is of another model"
-            )
+            raise InputError(f"TAP has {NUM_MASKS} {part}, this checkpoint has {count}: it is of another model")
 
 
 def _canvas(sizes: _Sizes) -> int:
@@ -158,9 +154,7 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> TapConfig:
     }
     decoder, text = _mask_decoder_fields(sizes), _text_fields(sizes)
     try:
-        return TapConfig(
-            vision_config=vision, prompt_config=prompt, mask_decoder_config=decoder, text_config=text
-        )
+        return TapConfig(vision_config=vision, prompt_config=prompt, mask_decoder_config=decoder, text_config=text)
     except (ValueError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"the sizes in this checkpoint do not fit together: {reason}") from None

@@ -49,15 +49,11 @@ _RULES: list[tuple[str, str]] = [
     *(
         rule
         for name in _ATTENTIONS
-        for rule in _attention_rules(
-            f"image_decoder.transformer.blocks.*.{name}", f"{DECODER}.layers.*.{name}"
-        )
+        for rule in _attention_rules(f"image_decoder.transformer.blocks.*.{name}", f"{DECODER}.layers.*.{name}")
     ),
     *_numbered("image_decoder.transformer.blocks.*.norm", f"{DECODER}.layers.*.layer_norm", (1, 2, 3, 4)),
     *_numbered("image_decoder.transformer.blocks.*.mlp.fc", f"{DECODER}.layers.*.mlp.fc", (1, 2)),
-    *_attention_rules(
-        "image_decoder.transformer.final_attn_token_to_image", f"{DECODER}.final_attn_token_to_image"
-    ),
+    *_attention_rules("image_decoder.transformer.final_attn_token_to_image", f"{DECODER}.final_attn_token_to_image"),
     ("image_decoder.transformer.norm", f"{DECODER}.layer_norm"),
     ("image_decoder.iou_token.weight", f"{DECODER}.iou_token"),
     ("image_decoder.sem_tokens.weight", f"{DECODER}.semantic_tokens"),

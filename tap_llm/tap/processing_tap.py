@@ -104,7 +104,10 @@ class TapProcessor(ProcessorMixin):
         return BatchFeature({**features, **rows}, tensor_type=return_tensors)
 
     def _region_rows(
-        self, regions: Sequence[Region] | Sequence[Sequence[Region]], sizes: list[tuple[int, int]], mask_prompt: MaskPrompt
+        self,
+        regions: Sequence[Region] | Sequence[Sequence[Region]],
+        sizes: list[tuple[int, int]],
+        mask_prompt: MaskPrompt,
     ) -> dict[str, np.ndarray]:
         """Regions as the model's flat rows, in canvas pixels."""
         prompts, owners = parse_regions(regions, sizes, mask_prompt)

@@ -202,9 +202,7 @@ def is_official_tokenizer(path: str | Path) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256
 
 
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int
-) -> list[list[int]]:
+def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int) -> list[list[int]]:
     """Captions to ids as in TAP: BOS, pieces, EOS; what is too long is cut and ends with EOS all the same.
 
     Args:

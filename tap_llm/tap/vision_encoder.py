@@ -77,9 +77,7 @@ class TapVisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.rel_pos_bias = nn.Parameter(torch.zeros(self.num_heads, (2 * config.window_size - 1) ** 2))
 
-    def forward(
-        self, hidden_states: Tensor, relative_index: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, relative_index: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(B * W, T, C), (T, T) -> (B * W, T, C) and attention weights (B * W, heads, T, T) or None."""
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         # Four dimensions on purpose: with three, the CPU falls back from its fused kernel to the slow one.

@@ -24,9 +24,7 @@ def norm(name: str, width: int, batch: bool = False) -> Shapes:
         yield f"{name}.num_batches_tracked", ()
 
 
-def encoder_shapes(
-    width: int, depth: int, heads: int, window: int, grid: int, patch: int, out: int
-) -> Shapes:
+def encoder_shapes(width: int, depth: int, heads: int, window: int, grid: int, patch: int, out: int) -> Shapes:
     yield "image_encoder.patch_embed.proj.weight", (width, 3, patch, patch)
     yield "image_encoder.patch_embed.proj.bias", (width,)
     yield "image_encoder.pos_embed.weight", (grid * grid, width)

@@ -33,9 +33,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 GOLDEN = SHARED / "goldens" / "tap_tiny"
 KEY_LISTS = SHARED / "goldens" / "official_keys"
 TOKENIZER = SHARED / "goldens" / "tokenizer" / "tokenizer.model"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="the reference checkpoint is not in shared/goldens"
-)
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference checkpoint is not in shared/goldens")
 
 
 def write(path: Path, arrays: Any) -> Path:
@@ -109,9 +107,7 @@ def interleaved_rotary(states: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
-def test_caption_attention_equals_the_official_formula(
-    converted: Path, official_state: dict[str, Tensor]
-) -> None:
+def test_caption_attention_equals_the_official_formula(converted: Path, official_state: dict[str, Tensor]) -> None:
     model, official = load(converted), official_state
     decoder, block = model.caption_decoder.model, "text_decoder.transformer.blocks.1.attn"
     hidden = torch.randn(1, 7, 128)
@@ -172,9 +168,7 @@ def test_round_trip_is_bitwise(
 
 
 @pytest.mark.parametrize("values", [[103.5, 116.25, 123.6875], [1.0, 2.0, 254.3], [0.1234567, 99.99, 17.3]])
-def test_any_pixel_statistics_survive_the_round_trip(
-    values: list[float], official_state: dict[str, Tensor]
-) -> None:
+def test_any_pixel_statistics_survive_the_round_trip(values: list[float], official_state: dict[str, Tensor]) -> None:
     state = official_state | {"pixel_mean": torch.tensor(values), "pixel_rsig": 1 / torch.tensor(values)}
     model, _ = model_from_official(state)
     back = export_official(model, image_processor_from_official(state))
@@ -184,9 +178,7 @@ def test_any_pixel_statistics_survive_the_round_trip(
 
 def test_released_files_have_half_weights_and_no_counters(official_state: dict[str, Tensor]) -> None:
     released = {
-        name: value.half()
-        if value.is_floating_point() and "norm" not in name and "coord" not in name
-        else value
+        name: value.half() if value.is_floating_point() and "norm" not in name and "coord" not in name else value
         for name, value in official_state.items()
         if not name.endswith("num_batches_tracked")
     }
@@ -282,9 +274,7 @@ def test_not_strict_reports_and_fills_in(tmp_path: Path, official_arrays: dict[s
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict"])
-def test_wrapped_and_prefixed_checkpoints(
-    wrapper: str, tmp_path: Path, official_arrays: dict[str, Any]
-) -> None:
+def test_wrapped_and_prefixed_checkpoints(wrapper: str, tmp_path: Path, official_arrays: dict[str, Any]) -> None:
     prefixed = {f"module.{name}": value for name, value in official_arrays.items()}
     state = read_state_dict(write(tmp_path / "w.pkl", {wrapper: prefixed, "epoch": 1}))
     assert model_from_official(state)[1].fits
@@ -301,9 +291,7 @@ def test_output_must_be_new_or_empty(tmp_path: Path, official_arrays: dict[str, 
     (tmp_path / "empty").mkdir()
     convert_checkpoint(path, tmp_path / "empty")
     convert_checkpoint(path, tmp_path / "deep" / "er")
-    assert (tmp_path / "empty" / "config.json").is_file() and (
-        tmp_path / "deep" / "er" / "config.json"
-    ).is_file()
+    assert (tmp_path / "empty" / "config.json").is_file() and (tmp_path / "deep" / "er" / "config.json").is_file()
 
 
 def test_failing_to_write_leaves_nothing(
@@ -352,9 +340,7 @@ def golden_arrays() -> dict[str, np.ndarray]:
     arrays = pickle.loads((GOLDEN / "weights.pkl").read_bytes())
     generated = {7: ("tok_embeddings", 0.03125), 8: ("text_proj", 0.125)}
     for seed, (name, scale) in generated.items():
-        values = np.random.RandomState(seed).standard_normal((32000, 128)).astype(np.float32) * np.float32(
-            scale
-        )
+        values = np.random.RandomState(seed).standard_normal((32000, 128)).astype(np.float32) * np.float32(scale)
         arrays[f"text_decoder.transformer.{name}.weight"] = values
     arrays["text_decoder.transformer.text_proj.weight"][2] *= 2.5
     return arrays

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.image_utils import SizeDict
 
 from tap_llm import ConceptSpace, TapForConditionalGeneration, TapProcessor
 from tap_llm.tap.caption_decoder import rotary_angles
 from tap_llm.tap.image_processing_tap import resize_factor, resized_size
-from tap_llm.tap.modeling_tap import take_slots
+from tap_llm.tap.outputs import take_slots
 from tap_llm.tap.vision_encoder import relative_position_index, window_partition
 
-CASES = (
-    "point_fg point_fg_nopad point_fg_bg_pad box box_via_boxes boxes_and_points sketch multi ensemble edge pad_only "
-    "batch2 batch2_single"
-).split()
+CASES = [
+    "point_fg", "point_fg_nopad", "point_fg_bg_pad", "box", "box_via_boxes", "boxes_and_points", "sketch", "multi",
+    "ensemble", "edge", "pad_only", "batch2", "batch2_single",
+]  # fmt: skip
 # Prompts that a user can give, as regions in pixels of the photo (the others are for the model alone).
 AS_REGIONS: dict[str, list[list[dict[str, Any]]]] = {
     "point_fg": [[{"points": [[60, 40]]}]],
@@ -90,9 +91,7 @@ def run_case(model: TapForConditionalGeneration, arrays: dict, strings: dict, ca
     index = torch.arange(len(pictures)).repeat_interleave(len(points) // len(pictures))
     embeddings = torch.from_numpy(arrays["encoder"]["features"][pictures])
     with torch.no_grad():
-        return model(
-            image_embeddings=embeddings, input_points=points, input_labels=labels, region_image_index=index
-        )
+        return model(image_embeddings=embeddings, input_points=points, input_labels=labels, region_image_index=index)
 
 
 def test_preprocessing(processor: TapProcessor, arrays: dict, strings: dict) -> None:
@@ -102,9 +101,8 @@ def test_preprocessing(processor: TapProcessor, arrays: dict, strings: dict) -> 
     assert features["original_sizes"].tolist() == [[96, 150], [200, 130]]
     assert features["resized_sizes"].tolist() == [[82, 128], [128, 83]]
     close(features["pixel_values"].flip(1), images["network_input"], 1e-5)
-    small = processor.image_processor.resize(
-        images["image2_rgb"].transpose(2, 0, 1), processor.image_processor._standardize_kwargs(size={"longest_edge": 128})["size"]
-    )
+    channels_first = images["image2_rgb"].transpose(2, 0, 1)
+    small = processor.image_processor.resize(channels_first, SizeDict(longest_edge=128))
     assert (small.transpose(1, 2, 0)[..., ::-1] == images["image2_resized_bgr"]).all()
     for row in strings["resize_rule"]:
         if not row["larger_than_target"]:

@@ -23,9 +23,7 @@ from tap_llm.tap.tokenization import (
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 OFFICIAL = SHARED / "goldens" / "tokenizer" / "tokenizer.model"
 STRINGS = SHARED / "goldens" / "tap_tiny" / "strings.json"
-needs_official = pytest.mark.skipif(
-    not OFFICIAL.is_file(), reason="the official tokenizer is not in shared/goldens"
-)
+needs_official = pytest.mark.skipif(not OFFICIAL.is_file(), reason="the official tokenizer is not in shared/goldens")
 
 COLOURS = ("red", "green", "blue", "white", "brown", "striped", "wooden", "small")
 THINGS = ("bus", "dog", "chair", "café table", "kite", "umbrella", "man's hat", "T-shirt", "door")
@@ -57,9 +55,7 @@ def random_texts(count: int, words: list[str]) -> list[str]:
 
 def assert_same_ids(tokenizer: PreTrainedTokenizerBase, path: Path, count: int) -> None:
     sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    texts = random_texts(
-        count, [sp.id_to_piece(i) for i in range(3, sp.get_piece_size()) if not sp.is_byte(i)]
-    )
+    texts = random_texts(count, [sp.id_to_piece(i) for i in range(3, sp.get_piece_size()) if not sp.is_byte(i)])
     expected = [sp.encode(text) for text in texts]
     assert encode_captions(tokenizer, texts, 10_000) == [[1, *ids, 2] for ids in expected]
     without_unknown = [ids for ids in expected if 0 not in ids]

@@ -1,0 +1,1 @@
+"""Recipes: linear, readable training scripts; run from a clone."""
