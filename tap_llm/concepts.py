@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .download import download, is_hub_id
 from .errors import InputError, MissingFileError
 
 WEIGHTS_FILE, NAMES_FILE = "concepts.safetensors", "concepts.json"
@@ -148,7 +149,6 @@ class ConceptSpace:
             return cls.from_official(path)
         if path.is_dir():
             return cls._from_files(path / WEIGHTS_FILE, path / NAMES_FILE)
-        from .hub import download, is_hub_id
 
         if not is_hub_id(str(source)):
             raise MissingFileError(f"there are no concepts at {source}: give a folder, a .pkl file or a hub id")

@@ -6,12 +6,11 @@ import difflib
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from .download import download, is_hub_id
 from .errors import InputError, MissingFileError
 from .tap.tokenization import TOKENIZER_FILE_NAME, TOKENIZER_SHA256, is_official_tokenizer
 
@@ -82,37 +81,6 @@ def home() -> Path:
 def bundled_models() -> list[str]:
     """Names of the models inside the package."""
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `organisation/model` of the Hugging Face hub."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-
-
-def download(repo: str, file: str, **options: Any) -> Path:
-    """Get a file of a hub repository, from the hub's local cache if it is there.
-
-    Args:
-        repo: the repository.
-        file: path inside it.
-        options: `revision`, `cache_dir`, `token`, `local_files_only` …
-
-    Returns:
-        Path of the local copy.
-
-    Raises:
-        MissingFileError: it cannot be downloaded.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repo, file, **options))
-    except (OSError, errors.EntryNotFoundError, errors.HTTPError, errors.XetDownloadError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MissingFileError(
-            f"cannot download {file} from https://huggingface.co/{repo} ({reason}); "
-            "a mirror can be set with the environment variable HF_ENDPOINT"
-        ) from None
 
 
 def resolve_model(name: str | Path, *, concepts: str | Path | None = None, tokenizer: str | Path | None = None) -> str:
@@ -276,4 +244,4 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-__all__ = ["OFFICIAL_CONCEPTS", "OFFICIAL_MODELS", "OfficialModel", "download", "is_hub_id", "resolve_model"]
+__all__ = ["OFFICIAL_CONCEPTS", "OFFICIAL_MODELS", "OfficialModel", "resolve_model"]

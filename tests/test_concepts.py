@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from tap_llm import hub
+from tap_llm import concepts
 from tap_llm.concepts import ConceptSpace
 from tap_llm.errors import InputError, MissingFileError
 
@@ -120,7 +120,7 @@ def test_official_files_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         calls.append((repo, file, options))
         return tmp_path / "cached" / file
 
-    monkeypatch.setattr(hub, "download", fake_download)
+    monkeypatch.setattr(concepts, "download", fake_download)
     assert ConceptSpace.from_pretrained("someone/model", revision="v2").names == ["cat", "dog", "bus"]
     assert calls[0] == ("someone/model", "concepts.safetensors", {"revision": "v2"}) and len(calls) == 2
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -19,8 +18,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, split_heads
 from .configuration_tap import TapTextConfig
+from .layers import TapMLP, eager_attention_forward, split_heads
 
 
 def rotary_angles(config: TapTextConfig, position_ids: Tensor) -> Tensor:
@@ -73,20 +72,6 @@ class TapTextAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
 
-class TapTextMLP(nn.Module):
-    """Two linear layers with an activation between."""
-
-    def __init__(self, config: TapTextConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
 class TapTextLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block."""
 
@@ -95,7 +80,7 @@ class TapTextLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = TapTextAttention(config, layer_idx)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = TapTextMLP(config)
+        self.mlp = TapMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], **kwargs: Any) -> Tensor:

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, few_keys_attention, prefers_few_keys, split_heads
 from .configuration_tap import TapMaskDecoderConfig
+from .layers import TapMLP, eager_attention_forward, few_keys_attention, prefers_few_keys, split_heads
 
 
 @dataclass
@@ -64,20 +64,6 @@ class TapMaskDecoderMLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = self.activation(layer(hidden_states))
         return self.layers[-1](hidden_states)
-
-
-class TapMaskDecoderFeedForward(nn.Module):
-    """MLP of a two-way block."""
-
-    def __init__(self, config: TapMaskDecoderConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, D)."""
-        return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
 class TapMaskDecoderAttention(nn.Module):
@@ -144,7 +130,7 @@ class TapMaskDecoderLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.cross_attn_token_to_image = TapMaskDecoderAttention(config, rate)
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = TapMaskDecoderFeedForward(config)
+        self.mlp = TapMLP(width, config.mlp_dim, config.hidden_act)
         self.layer_norm3 = nn.LayerNorm(width, eps=eps)
         self.cross_attn_image_to_token = TapMaskDecoderAttention(config, rate)
         self.layer_norm4 = nn.LayerNorm(width, eps=eps)

@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward
 from .configuration_tap import TapVisionConfig
+from .layers import TapMLP, eager_attention_forward
 
 
 def window_partition(grid: Tensor, window_size: int) -> Tensor:
@@ -91,20 +91,6 @@ class TapVisionAttention(nn.Module):
         return self.proj(output.flatten(2)), weights
 
 
-class TapVisionMLP(nn.Module):
-    """Two linear layers with an activation between."""
-
-    def __init__(self, config: TapVisionConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
 class TapVisionLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block on windows, with stochastic depth per image."""
 
@@ -113,7 +99,7 @@ class TapVisionLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = TapVisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = TapVisionMLP(config)
+        self.mlp = TapMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.windows_per_image = (config.image_embedding_size // config.window_size) ** 2
         self.drop_path_rate = config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1)
 

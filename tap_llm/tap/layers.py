@@ -1,4 +1,7 @@
-"""Reference attention, shared by the parts of TAP; other back-ends come from Transformers' attention interface."""
+"""Layers that the parts of TAP share: the MLP, and the reference attention.
+
+Other attention back-ends come from Transformers' attention interface.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class TapMLP(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
 def eager_attention_forward(
