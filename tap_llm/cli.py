@@ -66,6 +66,13 @@ def describe(
         list[str] | None, typer.Option(metavar="FILE", help="Region: mask image of the picture's size. Repeatable.")
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Find all regions instead.")] = False,
+    points_per_side: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="--everything: grid of N x N points. Repeatable. [default: 32]"),
+    ] = None,
+    crop_layers: Annotated[
+        int, typer.Option(metavar="N", help="--everything: also search N layers of crops, for small objects.")
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON only, masks as COCO RLE; a picture only with --out.")
     ] = False,
@@ -92,6 +99,9 @@ def describe(
 
     Example: tap-llm describe photo.jpg --box 40,30,300,280 --point '120,80 200,90,0' --out photo.png
     """
+    settings = {"points_per_side": tuple(points_per_side or [32]), "crop_layers": crop_layers}
+    if not everything and (points_per_side or crop_layers):
+        raise InputError("--points-per-side and --crop-layers go with --everything")
     regions = _regions(ctx.meta["regions"], {"box": box or [], "point": point or [], "mask": mask or []})
     _check_choice(regions, everything)
     target = _picture_path(image, out, as_json)
@@ -99,7 +109,7 @@ def describe(
     pipe = _load_pipeline(model, tokenizer, concepts, device, dtype)
     if captions and not pipe.can_caption:
         _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
-    options = {"everything": True, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
+    options = {"everything": settings, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
     results = pipe(picture, captions=captions and pipe.can_caption, top_k=top_k, **options)
     if target is not None:
         from .visualize import draw_regions

@@ -169,6 +169,15 @@ def test_everything(photo, folder, capsys):
     assert files(photo.parent) == {"photo.jpg", "photo.tap.png"}
 
 
+def test_everything_settings(photo, folder, capsys):
+    grids = ["--points-per-side", "2", "--points-per-side", "3", "--crop-layers", "1"]
+    assert describe(photo, "--everything", "--json", *grids, model=folder) == 0
+    capsys.readouterr()
+    assert "go with --everything" in assert_fails(capsys, describe(photo, *BOX, *grids, model=folder))
+    status = describe(photo, "--everything", "--points-per-side", "0", model=folder)
+    assert "points_per_side must be at least 1" in assert_fails(capsys, status)
+
+
 def test_a_bare_provisional_model_says_what_it_lacks(photo, bare_folder, capsys):
     assert describe(photo, *BOX, "--json", model=bare_folder) == 0
     out, err = capsys.readouterr()
