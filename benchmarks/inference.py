@@ -20,9 +20,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import SamConfig, SamModel
+from transformers import LogitsProcessor, SamConfig, SamModel
 
 from tap_llm.tap import TapConfig, TapForConditionalGeneration
+from tap_llm.tap.generation import decode_dropping_finished
 from tap_llm.tap.outputs import take_slots
 
 SIDE = 1024
@@ -101,31 +102,31 @@ def bench_captions(rounds: int) -> None:
         {str(n): partial(tap.generate, semantic_tokens=tokens[:n], min_new_tokens=38) for n in (1, 16, 64)}, rounds
     )
     report("captions, 64 over 16", best, best["64"] / best["16"], "<= 3.5")
-    ends = EndAt(torch.linspace(4, 20, 64).round().long())
+    decode = partial(
+        tap.caption_decoder.generate,
+        torch.tensor([[0, 1]]).repeat(64, 1),
+        semantic_tokens=tokens,
+        custom_generate=decode_dropping_finished,
+        max_new_tokens=38,
+    )
     best = interleaved(
         {
-            "12 words on average": lambda: tap.generate(semantic_tokens=tokens, logits_processor=[ends.restart()]),
-            "38 words": lambda: tap.generate(semantic_tokens=tokens, min_new_tokens=38),
+            "12 words on average": partial(decode, logits_processor=[EndAt(torch.linspace(4, 20, 64).round().long())]),
+            "38 words": partial(decode, min_new_tokens=38),
         },
         rounds,
     )
     report("early ends", best, best["38 words"] / best["12 words on average"], ">= 1.5")
 
 
-class EndAt:
-    """Logits processor that ends caption i after `lengths[i]` words, whatever rows are left."""
+class EndAt(LogitsProcessor):
+    """Ends caption i after `lengths[i]` words; lengths ascend, so the rows that are left are always the last ones."""
 
     def __init__(self, lengths: Tensor) -> None:
         self.lengths = lengths
-        self.left = lengths
-
-    def restart(self) -> EndAt:
-        """Forget the previous call."""
-        self.left = self.lengths
-        return self
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Rows end in the order of their lengths, so the rows that are left are the last ones."""
+        """(N, L) ids and (N, V) scores -> scores."""
         left = self.lengths[-len(input_ids) :]
         ended = input_ids.shape[1] - 2 >= left
         scores[:, 2] = torch.where(ended, torch.inf, -torch.inf)

@@ -192,7 +192,8 @@ class TapCaptionDecoder(TapTextPreTrainedModel, GenerationMixin):
             raise ValueError("semantic_tokens take the place of the first of input_ids: give input_ids with them")
         if len(input_ids) != len(semantic_tokens):
             raise ValueError(f"{len(semantic_tokens)} semantic_tokens for {len(input_ids)} rows of input_ids")
-        prefix = self.semantic_projection(semantic_tokens.to(self.semantic_projection.weight.dtype))
+        # The embedding's dtype, not the projection's: quantised layers store integers.
+        prefix = self.semantic_projection(semantic_tokens.to(self.model.embed_tokens.weight.dtype))
         return torch.cat([prefix.unsqueeze(1), self.model.embed_tokens(input_ids[:, 1:])], dim=1)
 
     @can_return_tuple
@@ -235,6 +236,7 @@ class TapCaptionDecoder(TapTextPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -2,29 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .caption_decoder import TapCaptionDecoder
 
 # Rows are dropped when at least this share of them has ended: selecting rows copies the cache.
 DROP_SHARE = 0.125
 
+# Options of `generate` that may know rows by their number, or need Transformers' own loop.
+_ROW_AWARE_OPTIONS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "tokenizer", "streamer",
+                      "assistant_model", "synced_gpus", "past_key_values", "custom_generate")  # fmt: skip
 
-def can_drop_rows(generation_config: GenerationConfig) -> bool:
+
+def treats_rows_alike(options: Mapping[str, Any]) -> bool:
+    """Whether nothing in the options of `generate` can tell rows apart, so that they may be split and dropped."""
+    return all(options.get(name) is None for name in _ROW_AWARE_OPTIONS)
+
+
+def can_drop_rows(model: TapCaptionDecoder, generation_config: GenerationConfig) -> bool:
     """Whether [`decode_dropping_finished`] does the same as Transformers' own loop for these settings."""
     plain_modes = ("greedy_search", "sample")
+    on_one_device = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+    in_step = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)  # ranks must leave the loop together
     return (
-        generation_config.get_generation_mode() in plain_modes
+        on_one_device
+        and not in_step
+        and not generation_config.stop_strings
+        and generation_config.get_generation_mode() in plain_modes
         and generation_config.cache_implementation is None
         and generation_config.use_cache is not False
         and not generation_config.return_dict_in_generate
         and generation_config.guidance_scale in (None, 1.0)
     )
+
+
+class PlaceholderFreeStreamer(BaseStreamer):
+    """Hands ids on to a streamer, without the placeholder that starts the prompt.
+
+    Args:
+        streamer: what the caller passed to `generate`.
+    """
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer = streamer
+        self.started = False
+
+    def put(self, value: Tensor) -> None:
+        """Prompt (1, L) first, then one id at a time."""
+        self.streamer.put(value if self.started else value[..., 1:])
+        self.started = True
+
+    def end(self) -> None:
+        """The caption is complete."""
+        self.streamer.end()
 
 
 def _next_ids(scores: Tensor, do_sample: bool) -> Tensor:
@@ -40,8 +79,6 @@ def decode_dropping_finished(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    semantic_tokens: Tensor | None = None,
-    past_key_values: DynamicCache | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     """Greedy or sampled decoding of prompts of equal length, as a `custom_generate` of `generate`.
@@ -52,19 +89,18 @@ def decode_dropping_finished(
         logits_processor: edits the scores of a step.
         stopping_criteria: tells per row whether it has ended.
         generation_config: `do_sample` and the pad id are read.
-        semantic_tokens: (N, D), replaces the first position.
-        past_key_values: an empty cache.
-        model_kwargs: ignored; prompts have no padding, so there is no mask to pass on.
+        model_kwargs: `semantic_tokens` (N, D) and an empty cache `past_key_values` are read. (Named as parameters,
+            `generate` would not repeat them for several captions per row.) Prompts have no padding, so no mask.
 
     Returns:
         (N, L + new) int64, rows filled up with the pad id.
     """
-    cache = past_key_values if past_key_values is not None else DynamicCache(config=model.config)
+    cache = model_kwargs.get("past_key_values") or DynamicCache(config=model.config)
     pad_id = int(generation_config.pad_token_id)
     finished: list[tuple[Tensor, Tensor]] = []
     rows = torch.arange(len(input_ids), device=input_ids.device)  # where the remaining rows belong
     done = torch.zeros_like(rows, dtype=torch.bool)
-    ids, step_inputs = input_ids, {"input_ids": input_ids, "semantic_tokens": semantic_tokens}
+    ids, step_inputs = input_ids, {"input_ids": input_ids, "semantic_tokens": model_kwargs.get("semantic_tokens")}
     while len(rows) > 0:
         outputs = model(**step_inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         scores = logits_processor(ids, outputs.logits[:, -1].float())

@@ -14,8 +14,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-# Rows upscaled to the canvas at a time; one row takes 4 MB per slot on a canvas of 1024.
-_UPSCALE_ROWS = 16
+# Logits brought to full resolution at a time, in bytes: bounds memory, never changes results.
+_UPSCALE_BYTES = 256 * 2**20
 
 
 class TapImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -163,14 +163,17 @@ class TapImageProcessor(PilBackend):
         if region_image_index is None:
             owners = [0] * rows if images == 1 else list(range(rows))
         else:
-            owners = [int(index) for index in region_image_index]
+            owners = region_image_index.tolist()
         if slots is not None:
             pred_masks = pred_masks[torch.arange(rows, device=pred_masks.device), slots.to(pred_masks.device)][:, None]
         masks: list[Tensor] = [pred_masks] * rows
         originals, resized = _pairs(original_sizes), _pairs(resized_sizes)
-        for start in range(0, rows, _UPSCALE_ROWS):
-            for image in sorted(set(owners[start : start + _UPSCALE_ROWS])):
-                picked = [r for r in range(start, min(start + _UPSCALE_ROWS, rows)) if owners[r] == image]
+        for image in sorted(set(owners)):
+            on_image = [row for row in range(rows) if owners[row] == image]
+            pixels = max(originals[image][0] * originals[image][1], canvas_side(self) ** 2)
+            step = max(1, _UPSCALE_BYTES // (4 * pixels * pred_masks.shape[1]))
+            for start in range(0, len(on_image), step):
+                picked = on_image[start : start + step]
                 logits = self._to_photo(pred_masks[picked].float(), originals[image], resized[image])
                 result = logits > mask_threshold if binarize else logits
                 for row, mask in zip(picked, result, strict=True):
@@ -187,7 +190,8 @@ class TapImageProcessor(PilBackend):
 
 def _pairs(sizes: Any) -> list[tuple[int, int]]:
     """(B, 2) tensor or nested list -> list of (height, width)."""
-    return [(int(height), int(width)) for height, width in sizes]
+    rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    return [(int(height), int(width)) for height, width in rows]
 
 
 def canvas_side(image_processor: TapImageProcessor) -> int:

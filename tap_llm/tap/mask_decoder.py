@@ -110,7 +110,9 @@ class TapMaskDecoderAttention(nn.Module):
         values = rows_of(split_heads(self.v_proj(value), self.num_heads), key_index)
         implementation = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if implementation == "sdpa" and prefers_few_keys(queries, keys):
+        if len(queries) == 0:  # Transformers' SDPA wrapper cannot reshape zero rows
+            attention = eager_attention_forward
+        elif implementation == "sdpa" and prefers_few_keys(queries, keys):
             attention = few_keys_attention
         output, weights = attention(
             self, queries, keys, values, attention_mask,
@@ -210,7 +212,7 @@ class TapMaskDecoder(PreTrainedModel):
     main_input_name = "image_embeddings"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TapMaskDecoderLayer", "TapMaskUpscaler"]
+    _no_split_modules = ["TapMaskDecoder"]
     _supports_sdpa = True
     _supports_flash_attn = False  # masked keys are not contiguous padding
     _supports_attention_backend = True

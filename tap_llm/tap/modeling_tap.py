@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import can_return_tuple
 
 from .caption_decoder import TapCaptionDecoder
 from .configuration_tap import TapConfig
-from .generation import can_drop_rows, decode_dropping_finished
+from .generation import PlaceholderFreeStreamer, can_drop_rows, decode_dropping_finished, treats_rows_alike
 from .mask_decoder import TapMaskDecoder, TapMaskDecoderOutput
 from .outputs import TapOutput, route_slots, take_slots
 from .prompt_encoder import TapPromptEncoder, attended_points
+from .rows import check_rows, images_in_use
 from .vision_encoder import TapVisionEncoder
 
 # Captions decoded at a time: bounds the cache (2 MB a row at the official size), never changes a greedy caption.
@@ -39,8 +41,8 @@ class TapPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TapVisionLayer", "TapBottleneck", "TapVisionNeck", "TapMaskDecoderLayer",
-                         "TapMaskUpscaler", "TapTextLayer"]  # fmt: skip
+    _no_split_modules = ["TapVisionLayer", "TapBottleneck", "TapVisionNeck", "TapPromptEncoder", "TapMaskDecoder",
+                         "TapTextLayer"]  # fmt: skip
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["coord_matrix"]
     _supports_sdpa = True
@@ -97,56 +99,29 @@ class TapModel(TapPreTrainedModel):
         Returns:
             (B, D, G, G).
         """
-        return self.vision_encoder(pixel_values).last_hidden_state
-
-    def _check_rows(
-        self, input_points: Tensor | None, input_labels: Tensor | None, index: Tensor | None, num_images: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The flat rows (N, n, 2), (N, n) and (N,), if they fit together."""
-        if input_points is None or input_labels is None:
-            raise ValueError(
-                "TAP needs input_points (N, n, 2) and input_labels (N, n): call the processor with regions"
-            )
-        if input_points.shape[:2] != input_labels.shape or input_points.shape[-1] != 2:
-            raise ValueError(
-                f"input_points must be (N, n, 2) and input_labels (N, n), got {tuple(input_points.shape)} and "
-                f"{tuple(input_labels.shape)}"
-            )
-        rows = input_points.shape[0]
-        if index is not None:
-            if index.shape != (rows,):
-                raise ValueError(
-                    f"region_image_index must be ({rows},), one image per region, got {tuple(index.shape)}"
-                )
-            return input_points, input_labels, index
-        if num_images == 1:
-            return input_points, input_labels, torch.zeros(rows, dtype=torch.long, device=input_points.device)
-        if num_images != rows:
-            raise ValueError(
-                f"{rows} regions on {num_images} images: give region_image_index to say which region is on which image"
-            )
-        return input_points, input_labels, torch.arange(rows, device=input_points.device)
+        return self.vision_encoder(pixel_values, return_dict=True).last_hidden_state
 
     def _decode(
         self, image_embeddings: Tensor, input_points: Tensor, input_labels: Tensor, index: Tensor, **kwargs: Any
     ) -> TapMaskDecoderOutput:
-        """Decode all rows at once; the row arguments as in [`TapModel._check_rows`]."""
+        """Decode all rows at once; the row arguments as in [`check_rows`]."""
         return self.mask_decoder(
             image_embeddings=image_embeddings,
             image_positions=self.prompt_encoder.grid_encoding(image_embeddings.shape[-1]),
             prompt_tokens=self.prompt_encoder(input_points, input_labels),
             region_image_index=index,
             attended=attended_points(input_labels),
+            return_dict=True,
             **kwargs,
         )
 
     def _decode_in_chunks(self, image_embeddings: Tensor, *rows: Tensor, **kwargs: Any) -> TapMaskDecoderOutput:
         """Decode a few rows at a time; memory stays bounded, results are the same."""
         size = self._chunk_size(image_embeddings)
-        chunks = [
-            self._decode(image_embeddings, *chunk, **kwargs)
-            for chunk in zip(*(row.split(size) for row in rows), strict=True)
-        ]
+        chunks = []
+        for points, labels, index in zip(*(row.split(size) for row in rows), strict=True):
+            images, index = images_in_use(image_embeddings, index)
+            chunks.append(self._decode(images, points, labels, index, **kwargs))
         joined: dict[str, Any] = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
         return TapMaskDecoderOutput(**joined)
 
@@ -193,9 +168,9 @@ class TapModel(TapPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give exactly one of pixel_values and image_embeddings")
-        vision = self.vision_encoder(pixel_values, **kwargs) if pixel_values is not None else None
+        vision = self.vision_encoder(pixel_values, return_dict=True, **kwargs) if pixel_values is not None else None
         images = image_embeddings if vision is None else vision.last_hidden_state
-        rows = self._check_rows(input_points, input_labels, region_image_index, len(images))
+        rows = check_rows(input_points, input_labels, region_image_index, len(images))
         decode = self._decode_in_chunks if self._wants_chunks(kwargs) else self._decode
         decoded = decode(images, *rows, **kwargs)
         return TapOutput(
@@ -251,8 +226,15 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         ids = labels.masked_fill(labels == -100, text.pad_token_id)
         prompt = self._caption_ids(len(labels), labels.device)
         ids = torch.cat([prompt, ids[:, 1:]], dim=1)
+        if not len(labels):  # the mean over no captions would be NaN
+            logits = semantic_tokens.new_zeros(0, labels.shape[1], text.vocab_size)
+            return semantic_tokens.sum() * 0.0, logits
         logits = self.caption_decoder(
-            input_ids=ids, semantic_tokens=semantic_tokens, use_cache=False, logits_to_keep=labels.shape[1]
+            input_ids=ids,
+            semantic_tokens=semantic_tokens,
+            use_cache=False,
+            logits_to_keep=labels.shape[1],
+            return_dict=True,
         ).logits
         loss = self.caption_decoder.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
         return loss, logits
@@ -288,6 +270,7 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         """
         loss_kwargs = {name: kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels")}
         outputs = self.model(
+            return_dict=True,
             pixel_values=pixel_values,
             input_points=input_points,
             input_labels=input_labels,
@@ -347,27 +330,33 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
             setattr(config, name, options.pop(name))
         if config.max_new_tokens is None and config.max_length is None:
             config.max_new_tokens = text.max_position_embeddings - 2
-        config.bos_token_id, config.pad_token_id = text.bos_token_id, text.pad_token_id
-        config.eos_token_id = text.eos_token_id
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), text.pad_token_id, text.semantic_token_id})
+        if config.max_length is not None:
+            config.max_length += 1  # Transformers counts the placeholder, the caller does not see it
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(text, name))
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), config.pad_token_id, text.semantic_token_id})
         return config
 
     def _generate_captions(self, semantic_tokens: Tensor, config: GenerationConfig, options: dict[str, Any]) -> Any:
-        """Decode (N, D) tokens, at most `CAPTION_CHUNK_SIZE` rows at a time where the result is plain ids."""
+        """Decode (N, D) tokens, at most `CAPTION_CHUNK_SIZE` rows at a time where rows are alike."""
         if len(semantic_tokens) == 0:
-            return torch.empty((0, 1), dtype=torch.long, device=semantic_tokens.device)
-        if config.return_dict_in_generate or len(semantic_tokens) <= CAPTION_CHUNK_SIZE:
+            ids = torch.empty((0, 1), dtype=torch.long, device=semantic_tokens.device)
+            return GenerateDecoderOnlyOutput(sequences=ids) if config.return_dict_in_generate else ids
+        whole = config.return_dict_in_generate or not treats_rows_alike(options)
+        if whole or len(semantic_tokens) <= CAPTION_CHUNK_SIZE:
             return self._generate_chunk(semantic_tokens, config, options)
         chunks = [self._generate_chunk(chunk, config, options) for chunk in semantic_tokens.split(CAPTION_CHUNK_SIZE)]
         length = max(chunk.shape[1] for chunk in chunks)
-        pad_id = self.config.text_config.pad_token_id
-        return torch.cat([nn.functional.pad(c, (0, length - c.shape[1]), value=pad_id) for c in chunks])
+        return torch.cat([nn.functional.pad(c, (0, length - c.shape[1]), value=config.pad_token_id) for c in chunks])
 
     def _generate_chunk(self, semantic_tokens: Tensor, config: GenerationConfig, options: dict[str, Any]) -> Any:
         """Run the generation loop on (N, D) tokens and take the placeholder off the result."""
         ids = self._caption_ids(len(semantic_tokens), semantic_tokens.device)
-        if options.get("streamer") is None and can_drop_rows(config):
-            options = {"custom_generate": decode_dropping_finished, **options}
+        if treats_rows_alike(options) and can_drop_rows(self.caption_decoder, config):
+            options = {**options, "custom_generate": decode_dropping_finished}
+        if options.get("streamer") is not None:
+            options = {**options, "streamer": PlaceholderFreeStreamer(options["streamer"])}
         result = self.caption_decoder.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),  # the placeholder must never be taken for padding

@@ -50,7 +50,7 @@ def route_slots(iou_scores: Tensor, input_labels: Tensor) -> Tensor:
     Returns:
         (N,) int64.
     """
-    is_box = input_labels[:, 0] == LABEL_TOP_LEFT
+    is_box = (input_labels[:, 0] == LABEL_TOP_LEFT).to(iou_scores.device)
     return torch.where(is_box, 0, 1 + iou_scores[:, 1:].argmax(dim=-1))
 
 

@@ -54,6 +54,8 @@ class TapProcessor(ProcessorMixin):
         """As in Transformers; without a tokenizer only the image processor is saved."""
         if self.tokenizer is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if push_to_hub:
+            raise InputError("a processor without a tokenizer is not pushed: save it, then upload the model's folder")
         os.makedirs(save_directory, exist_ok=True)
         path = os.path.join(save_directory, "processor_config.json")
         self.to_json_file(path)
@@ -92,8 +94,8 @@ class TapProcessor(ProcessorMixin):
         fixed = sorted({"size", "do_resize", "do_pad"} & kwargs.keys())
         if fixed:
             raise InputError(f"{', '.join(fixed)}: the canvas belongs to the model; set it on the image processor")
-        if text is not None and regions is None:
-            raise InputError("text gives one caption per region: give regions with it")
+        if text is not None and (regions is None or isinstance(text, str)):
+            raise InputError("text is a list with one caption per region: give regions and a list")
         pictures = [load_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
         # Checked before the pixels are touched: a wrong region costs no work.
         sizes = [(picture.height, picture.width) for picture in pictures]
@@ -121,7 +123,7 @@ class TapProcessor(ProcessorMixin):
     def _caption_labels(self, text: Sequence[str], rows: int) -> np.ndarray:
         """(N, L) caption ids, padded with -100."""
         if len(text) != rows:
-            raise ValueError(f"{len(text)} captions for {rows} regions: give one caption per region, in their order")
+            raise InputError(f"{len(text)} captions for {rows} regions: give one caption per region, in their order")
         ids = encode_captions(self._require_tokenizer(), list(text), MAX_CAPTION_IDS)
         labels = np.full((rows, max(map(len, ids), default=1)), -100, dtype=np.int64)
         for row, row_ids in enumerate(ids):

@@ -52,7 +52,8 @@ class TapPromptEncoder(nn.Module):
 
     def fourier_features(self, coordinates: Tensor) -> Tensor:
         """(..., 2) positions x, y in [0, 1], float32 -> (..., D) float32."""
-        phase = (2 * math.pi) * (2 * coordinates - 1) @ self.coord_matrix.float()
+        with torch.autocast(coordinates.device.type, enabled=False):
+            phase = (2 * math.pi) * (2 * coordinates.float() - 1) @ self.coord_matrix.float()
         return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
     def grid_encoding(self, side: int) -> Tensor:

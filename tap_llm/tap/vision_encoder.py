@@ -218,6 +218,12 @@ class TapVisionEncoder(PreTrainedModel):
         self.batch_norm_folded = True
         return self
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; raises ValueError for an encoder whose BatchNorm was folded."""
+        if self.batch_norm_folded:
+            raise ValueError("this encoder's BatchNorm was folded for inference: load the model again to save it")
+        super().save_pretrained(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Self:
         """As in torch; raises RuntimeError for an encoder whose BatchNorm was folded."""
         if mode and getattr(self, "batch_norm_folded", False):
