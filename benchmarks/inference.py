@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def report(title: str, seconds: dict[str, float], ratio: float, aim: str) -> Non
     print(f"{title:<28} ratio {ratio:5.2f}  (aim {aim})  {listed}", flush=True)
 
 
-def build_tap(dtype: torch.dtype = torch.float32) -> TapForConditionalGeneration:
+def build_tap(dtype: torch.dtype = torch.float32) -> Any:
     """ViT-B with random weights, ready for inference."""
     torch.manual_seed(0)
     model = TapForConditionalGeneration(TapConfig.from_variant("vit_b")).fold_batch_norm()

@@ -1,7 +1,7 @@
 """Command line: `tap-llm`, the same as `python -m tap_llm.cli`.
 
 Exit status 0 on success, 2 on bad input (one message on stderr), 130 on Ctrl-C. Results go to stdout, everything
-else to stderr. Nothing heavy is imported before a command runs.
+else to stderr. Arguments are checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -111,12 +111,11 @@ def describe(
         _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
     options = {"everything": settings, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
     results = pipe(picture, captions=captions and pipe.can_caption, top_k=top_k, **options)
+    print(_to_json(results) if as_json else _table(results, _terminal_width()))
     if target is not None:
         from .visualize import draw_regions
 
         _save_picture(draw_regions(picture, results), target)
-    print(_to_json(results) if as_json else _table(results, _terminal_width()))
-    if target is not None:
         _note(f"picture: {target}")
 
 
@@ -292,6 +291,9 @@ def _save_picture(picture: Any, target: Path) -> None:
         with open(part, "wb") as stream:
             picture.save(stream, format=PICTURE_FORMATS[target.suffix.lower()])
         os.replace(part, target)
+    except (OSError, ValueError) as error:  # the system's, or Pillow's where the format has no room for such a size
+        reason = f"{picture.width}x{picture.height} pixels: {error}"
+        raise InputError(f"cannot write the picture {target} ({reason}); choose another --out") from error
     finally:
         part.unlink(missing_ok=True)
 

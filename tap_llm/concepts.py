@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .download import download, is_hub_id
+from .download import NotInRepositoryError, download, is_hub_id
 from .errors import InputError, MissingFileError
 
 WEIGHTS_FILE, NAMES_FILE = "concepts.safetensors", "concepts.json"
 DEFAULT_TEMPLATES = ("a {}",)
 _MIN_NORM = 1e-12
+
+
+class NoConceptsError(MissingFileError):
+    """A place holds none of the concept files: a model without concepts."""
 
 
 class ConceptSpace:
@@ -31,7 +35,7 @@ class ConceptSpace:
 
     Args:
         names: K different names.
-        weights: (E, K), one column per name; kept in float32.
+        weights: (E, K), one column per name; copied, in float32.
         info: remarks that travel with the space as JSON, e.g. the templates and the logit scale.
 
     Raises:
@@ -40,7 +44,7 @@ class ConceptSpace:
 
     def __init__(self, names: Sequence[str], weights: Tensor | np.ndarray, info: dict[str, Any] | None = None) -> None:
         self.names = _checked_names(names)
-        self.weights = torch.as_tensor(weights).detach().to(torch.float32)
+        self.weights = torch.as_tensor(weights).detach().to(torch.float32, copy=True)
         self.info: dict[str, Any] = dict(info or {})
         if self.weights.ndim != 2 or self.weights.shape[1] != len(self.names):
             raise InputError(
@@ -71,7 +75,7 @@ class ConceptSpace:
             )
 
     def to(self, device: torch.device | str) -> ConceptSpace:
-        """Move the weights to a device, in place; `classify` does this by itself.
+        """Move the weights to a device, in place; saves `classify` from moving a copy each time.
 
         Returns:
             itself.
@@ -92,9 +96,9 @@ class ConceptSpace:
             InputError: the embeddings have another width.
         """
         self.check_width(semantic_embeds.shape[-1])
-        self.to(semantic_embeds.device)
+        weights = self.weights.to(semantic_embeds.device)
         with torch.autocast(semantic_embeds.device.type, enabled=False):  # half precision would move probabilities
-            return normalize(semantic_embeds.float(), dim=-1, eps=_MIN_NORM) @ self.weights
+            return normalize(semantic_embeds.float(), dim=-1, eps=_MIN_NORM) @ weights
 
     def classify(self, semantic_embeds: Tensor, top_k: int = 1) -> tuple[list[Any], Tensor]:
         """Name regions.
@@ -108,8 +112,13 @@ class ConceptSpace:
             their probabilities (..., top_k), float32.
 
         Raises:
-            InputError: the embeddings have another width, or `top_k` is not in 1..K.
+            InputError: the embeddings have another width or are not finite, or `top_k` is not in 1..K.
         """
+        if not torch.isfinite(semantic_embeds).all():
+            raise InputError(
+                "the semantic embeddings contain NaN or infinite values: damaged weights, or too large for float16; "
+                "try dtype float32"
+            )
         if not 1 <= top_k <= len(self):
             raise InputError(f"top_k must be between 1 and {len(self)}, the number of concepts; got {top_k}")
         # A stable sort, not topk: equal probabilities must come out in the same order everywhere.
@@ -141,28 +150,29 @@ class ConceptSpace:
             The space.
 
         Raises:
-            InputError: damaged files, or `source` is none of these.
-            MissingFileError: there are no concept files, or they cannot be downloaded.
+            InputError: damaged files, or one without the other.
+            NoConceptsError: `source` has no concept files; a `MissingFileError`.
+            MissingFileError: there is nothing at `source`, or the hub cannot be reached.
         """
         path = Path(source)
         if path.is_file():
             return cls.from_official(path)
-        if path.is_dir():
-            return cls._from_files(path / WEIGHTS_FILE, path / NAMES_FILE)
-
-        if not is_hub_id(str(source)):
-            raise MissingFileError(f"there are no concepts at {source}: give a folder, a .pkl file or a hub id")
-        files = (download(str(source), name, **hub_options) for name in (WEIGHTS_FILE, NAMES_FILE))
-        return cls._from_files(*files)
+        if not path.is_dir() and not is_hub_id(str(source)):
+            raise NoConceptsError(f"there are no concepts at {source}: give a folder, a .pkl file or a hub id")
+        files = {name: _find(path, name, hub_options) for name in (WEIGHTS_FILE, NAMES_FILE)}
+        weights, names = files.values()
+        if weights is None and names is None:
+            raise NoConceptsError(f"{source} has no {WEIGHTS_FILE}: convert the model with --concepts")
+        if weights is None or names is None:
+            absent = next(name for name, file in files.items() if file is None)
+            raise InputError(f"the concepts of {source} are incomplete: there is no {absent}")
+        return cls._from_files(weights, names)
 
     @classmethod
     def _from_files(cls, weights_path: Path, names_path: Path) -> ConceptSpace:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        for path in (weights_path, names_path):
-            if not path.is_file():
-                raise MissingFileError(f"{path.parent} has no {path.name}: convert the model with --concepts")
         try:
             weights = load_file(weights_path)["weights"]
             info = json.loads(names_path.read_text(encoding="utf-8"))
@@ -236,6 +246,16 @@ class ConceptSpace:
         return cls(names, (normalize(per_name, dim=-1) * scale).T, info)
 
 
+def _find(folder: Path, name: str, hub_options: dict[str, Any]) -> Path | None:
+    """A file of a folder or hub repository; None where it is known to have none."""
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return download(folder.as_posix(), name, **hub_options)
+    except NotInRepositoryError:
+        return None
+
+
 def _checked_names(names: Sequence[str]) -> list[str]:
     names = list(names)
     if not names:
@@ -261,4 +281,4 @@ def _embed_texts(texts: list[str], model: Any, tokenizer: Any, batch_size: int) 
         yield features.float().cpu()
 
 
-__all__ = ["ConceptSpace"]
+__all__ = ["ConceptSpace", "NoConceptsError"]

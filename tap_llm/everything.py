@@ -6,7 +6,9 @@ to the size of the picture, and exact mask suppression removes what is left of d
 SAM's automatic masks (arXiv:2304.02643, appendix B) on TAP's slots (arXiv:2312.09128). A survivor keeps the
 semantic token and embedding of its own slot, so names and captions need no second pass.
 
-Memory is bounded at any size: prompts go in batches, candidates stay at low resolution, masks are tight crops.
+Memory: prompts go in batches, and masks of the picture are tight crops. Until box suppression, the good candidates
+of a crop are held on the CPU at low resolution in float16: at most 3 per grid point, (4G)^2 cells of 2 bytes each, so
+about 400 MB for 32 x 32 points on a canvas of 1024 (G = 64) if every one of them passes; usually a small part of it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -49,6 +52,7 @@ class EverythingConfig:
     crop_points_divisor: int = 2  # points_per_side is divided by this once per layer
 
     def __post_init__(self) -> None:
+        self._check_types()
         _require(len(self.densities) > 0 and min(self.densities) >= 1, "points_per_side", "at least 1", self)
         for name in ("points_per_batch", "crop_points_divisor"):
             _require(getattr(self, name) >= 1, name, "at least 1", self)
@@ -59,21 +63,31 @@ class EverythingConfig:
         _require(0 <= self.crop_overlap < 1, "crop_overlap", "at least 0 and below 1", self)
         _require(self.crop_layers <= 4, "crop_layers", "at most 4 (256 crops)", self)
 
+    def _check_types(self) -> None:
+        whole = all(isinstance(n, Integral) for n in self.densities)
+        _require(whole, "points_per_side", "a whole number, or several", self)
+        kinds = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
+        for name, (kind, rule) in ((field.name, kinds[field.type]) for field in fields(self) if field.type in kinds):
+            _require(isinstance(getattr(self, name), kind), name, rule, self)
+
     @property
     def densities(self) -> tuple[int, ...]:
         """Points per side of each grid."""
-        return (self.points_per_side,) if isinstance(self.points_per_side, int) else tuple(self.points_per_side)
+        given: Any = self.points_per_side
+        return tuple(given) if isinstance(given, list | tuple) else (given,)
 
     @classmethod
     def from_options(cls, options: bool | Mapping[str, Any] | EverythingConfig) -> EverythingConfig:
         """`True` (defaults), a mapping of fields, or a config as it is.
 
         Raises:
-            InputError: unknown field or a value out of range.
+            InputError: unknown field, or a value of another type or out of range.
         """
         if isinstance(options, EverythingConfig):
             return options
-        values = dict(options) if isinstance(options, Mapping) else {}
+        if options is not True and not isinstance(options, Mapping):
+            raise InputError(f"everything must be True, a dict of settings or an EverythingConfig, got {options!r}")
+        values = {} if options is True else dict(options)
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -83,7 +97,7 @@ class EverythingConfig:
 
 def _require(holds: bool, name: str, rule: str, config: EverythingConfig) -> None:
     if not holds:
-        raise InputError(f"everything: {name} must be {rule}, got {getattr(config, name)}")
+        raise InputError(f"everything: {name} must be {rule}, got {getattr(config, name)!r}")
 
 
 @dataclass

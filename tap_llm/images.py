@@ -22,6 +22,10 @@ from PIL import Image, UnidentifiedImageError
 from .errors import InputError, MissingFileError
 
 MAX_IMAGE_PIXELS = 200_000_000
+# What files may hold. Others stay closed: Pillow hands EPS, for one, to an interpreter outside.
+FILE_FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA",
+)  # fmt: skip
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+:/|data:)", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
@@ -93,7 +97,8 @@ def open_image(path: str | Path, what: str = "image") -> Image.Image:
     except IsADirectoryError:
         raise InputError(f"{what}: {_shorten(path)} is a folder; pass the path of one image file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{what}: {_shorten(path)} is damaged, or not an image that Pillow reads") from None
+        known = ", ".join(FILE_FORMATS)
+        raise InputError(f"{what}: {_shorten(path)} is damaged, or not an image of a known format ({known})") from None
     except InputError:
         raise
     except Exception as error:  # a damaged header surfaces as nearly any exception type
@@ -123,8 +128,10 @@ def _without_pillow_limit() -> Iterator[None]:
 
 
 def _open_header(stream: Any) -> Image.Image:
+    Image.init()
+    known = [name for name in FILE_FORMATS if name in Image.OPEN]  # some need a newer Pillow, or a plug-in
     with _without_pillow_limit():
-        return Image.open(stream)
+        return Image.open(stream, formats=known)
 
 
 def _load_upright(image: Image.Image, what: str) -> Image.Image:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from PIL import Image
 
-from .concepts import ConceptSpace
-from .errors import InputError, MissingFileError
+from .concepts import ConceptSpace, NoConceptsError
+from .errors import InputError
 from .hub import OFFICIAL_MODELS, resolve_model
 from .tap.configuration_tap import TapConfig
+from .tap.image_processing_tap import TapImageProcessor
 from .tap.modeling_tap import TapForConditionalGeneration
 from .tap.processing_tap import TapProcessor
 from .tap.tokenization import load_tokenizer
@@ -44,8 +45,7 @@ def load_tap(
     official = str(name) in OFFICIAL_MODELS
     own = {"tokenizer": tokenizer, "concepts": None if isinstance(concepts, ConceptSpace) else concepts}
     folder = resolve_model(name, **(own if official else {}))
-    model = _load_weights(folder, weights_dtype)
-    processor = TapProcessor.from_pretrained(folder)
+    model, processor = _load_folder(folder, weights_dtype)
     if tokenizer is not None and not official:
         text: Any = model.config.text_config
         words = load_tokenizer(tokenizer, text.vocab_size)
@@ -54,29 +54,52 @@ def load_tap(
     return model, processor, load_concepts(separate, folder)
 
 
-def _load_weights(folder: str, dtype: str | torch.dtype) -> TapForConditionalGeneration:
-    """The model of a folder or hub id, only if every tensor is there."""
+def _load_folder(folder: str, dtype: str | torch.dtype) -> tuple[TapForConditionalGeneration, TapProcessor]:
+    """Model and processor of a folder or hub id, only if they are complete and fit together."""
     load: Any = TapForConditionalGeneration.from_pretrained  # its type hint knows nothing of loading info
     try:
         kind = TapConfig.get_config_dict(folder)[0].get("model_type")
         if kind != TapConfig.model_type:
             raise InputError(f"{folder} is not a TAP model: its config says model_type {kind!r}")
-        model, report = load(folder, dtype=dtype, output_loading_info=True)
+        model, report = load(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        _check_report(folder, report)
+        processor = TapProcessor.from_pretrained(folder, trust_remote_code=False)
+        _check_processor(folder, processor, model.config.vision_config.image_size)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load the model {folder}: {' '.join(str(error).split())}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"the model {folder} is incomplete: {len(missing)} tensors are missing, first {missing[0]}")
-    return model.eval()
+    except Exception as error:  # damaged files surface as nearly any exception type
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder} cannot be loaded: {type(error).__name__}: {reason}") from error
+    return model.eval(), processor
+
+
+def _check_report(folder: str, report: dict[str, Any]) -> None:
+    """Every tensor has its place, and every place its tensor."""
+    for kind, problem in (("missing_keys", "missing"), ("unexpected_keys", "more than its config tells of")):
+        names = sorted(report[kind])
+        if names:
+            raise InputError(f"the model {folder} is damaged: {len(names)} tensors are {problem}, first {names[0]}")
+
+
+def _check_processor(folder: str, processor: TapProcessor, side: int) -> None:
+    """A trial run: whatever is wrong with its settings shows before the first photo."""
+    found = type(processor.image_processor).__name__
+    if not isinstance(processor.image_processor, TapImageProcessor):
+        raise InputError(f"{folder} cannot be loaded: its image processor is a {found}, not a TapImageProcessor")
+    pixels = processor(Image.new("RGB", (1, 1)))["pixel_values"]
+    if pixels.shape != (1, 3, side, side) or not torch.isfinite(pixels).all():
+        shape = "x".join(map(str, pixels.shape[1:]))
+        raise InputError(
+            f"{folder} cannot be loaded: its processor_config.json does not fit the model: "
+            f"it makes {shape} pixel values, the model needs finite ones of 3x{side}x{side}"
+        )
 
 
 def load_concepts(concepts: Concepts | None, folder: str) -> ConceptSpace | None:
-    """The space given, or else that of the model's folder; None where that has none.
+    """The space given, or else that of the model's folder or hub id; None where that has no concept files.
 
     Raises:
-        InputError: the files cannot be used.
+        InputError: the files cannot be used, or the hub cannot be reached.
         MissingFileError: the given ones are not there.
     """
     if isinstance(concepts, ConceptSpace):
@@ -85,7 +108,7 @@ def load_concepts(concepts: Concepts | None, folder: str) -> ConceptSpace | None
         return ConceptSpace.from_pretrained(concepts)
     try:
         return ConceptSpace.from_pretrained(folder) if folder else None
-    except MissingFileError:
+    except NoConceptsError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""Masks as numpy arrays: COCO run lengths, polygons, tight boxes, interior points, exact suppression.
+"""Masks as numpy arrays: COCO run lengths, polygons, tight boxes, interior points, box suppression.
 
 Conventions, shared with COCO: a mask is (H, W); box edges are exclusive (columns 3..7 give x0 = 3, x1 = 8);
 polygon vertices live on the same axes, so a polygon along a box's edges fills just that box.
@@ -6,7 +6,7 @@ polygon vertices live on the same axes, so a polygon along a box's edges fills j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ _MAX_DIGITS = 7  # base-32 digits of one count: 35 bits, far above any image
 _POLYGON_SCALE = 5  # COCO draws outlines on a grid five times finer than the pixels
 _MAX_OUTLINE = 1_000_000  # pixels of outline per polygon: bounds memory against wild coordinates
 _POINT_CELLS = 128 * 128  # interior points are chosen on a grid of about this many cells
-_NMS_WORDS = 1 << 17  # 64-bit words handled at once: 1 MiB, stays in cache
 
 
 def encode_rle(mask: ArrayLike) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def decode_rle(rle: Mapping[str, Any]) -> BoolArray:
         InputError: a key is missing, the size is impossible or above `images.MAX_IMAGE_PIXELS`, or the runs
             are negative, malformed, or do not sum to H * W (checked before anything of that size exists).
     """
-    height, width = _rle_size(rle)
+    height, width = rle_size(rle)
     counts = _rle_counts(rle)
     area = height * width
     if counts.size and (counts.min() < 0 or counts.max() > area):
@@ -79,12 +78,15 @@ def _as_mask(mask: ArrayLike) -> BoolArray:
     return array if array.dtype == np.bool_ else array != 0
 
 
-def _rle_size(rle: Mapping[str, Any]) -> tuple[int, int]:
+def rle_size(rle: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of a COCO RLE, without decoding it; InputError as [`decode_rle`]."""
     missing = [key for key in ("size", "counts") if key not in rle]
     if missing:
         raise InputError(f'RLE: missing key "{missing[0]}"; expected {{"size": [H, W], "counts": ...}}')
     try:
-        height, width = (int(side) for side in rle["size"] if side == int(side))
+        height, width = map(int, rle["size"])
+        if [height, width] != list(rle["size"]):
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"RLE: size must be [height, width] in pixels, got {rle['size']!r}") from None
     check_image_size(width, height, "RLE")
@@ -302,80 +304,23 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> FloatArray:
 
 
 def box_nms(boxes: ArrayLike, scores: ArrayLike, iou_threshold: float) -> IntArray:
-    """Greedy non-maximum suppression of boxes (N, 4), xyxy; arguments and result as for [`mask_nms`]."""
-    corners = _as_boxes(boxes)
-    order = _score_order(scores, len(corners))
-    return _greedy(order, lambda best, rest: box_iou(corners[[best]], corners[rest])[0] > iou_threshold)
-
-
-def mask_nms(masks: ArrayLike, scores: ArrayLike, iou_threshold: float) -> IntArray:
-    """Greedy non-maximum suppression by exact mask IoU; memory is one bit per mask pixel plus a few MB.
+    """Greedy non-maximum suppression of boxes.
 
     Args:
-        masks: (N, H, W), nonzero = inside.
+        boxes: (N, 4), xyxy.
         scores: (N,); equal scores keep their order.
-        iou_threshold: a larger IoU suppresses. Empty masks have IoU 0 with everything.
+        iou_threshold: a larger IoU suppresses. Empty boxes have IoU 0 with everything.
 
     Returns:
         Kept indices, int64, best first.
     """
-    array = np.asarray(masks)
-    if array.ndim != 3:
-        raise InputError(f"mask_nms: expected masks of shape (N, H, W), got {array.shape}")
-    order = _score_order(scores, len(array))
-    packed = _PackedMasks(array)
-    return _greedy(order, lambda best, rest: packed.overlaps(best, rest, iou_threshold))
-
-
-class _PackedMasks:
-    """Masks as 64-bit words (N, H, ceil(W / 64)); areas and tight boxes settle most pairs without them."""
-
-    def __init__(self, masks: np.ndarray) -> None:
-        count, height, width = masks.shape
-        self.words = np.zeros((count, height, -(-width // 64)), dtype=np.uint64)
-        self.areas = np.zeros(count, dtype=np.int64)
-        self.boxes = np.zeros((count, 4), dtype=np.int64)
-        row_bytes = self.words.view(np.uint8)
-        for index, mask in enumerate(masks):
-            bits = np.packbits(mask != 0, axis=1)
-            row_bytes[index, :, : bits.shape[1]] = bits
-            self.areas[index] = np.count_nonzero(mask)
-            self.boxes[index] = mask_to_box(mask) or (0, 0, 0, 0)
-
-    def overlaps(self, best: int, rest: IntArray, threshold: float) -> BoolArray:
-        """For each mask of `rest`: is its IoU with `best` above the threshold? (len(rest),) bool."""
-        above = self._largest_possible_iou(best, rest) > threshold
-        likely = rest[above]
-        inter = self._intersections(best, likely)
-        above[above] = inter / np.maximum(self.areas[best] + self.areas[likely] - inter, 1) > threshold
-        return above
-
-    def _largest_possible_iou(self, best: int, rest: IntArray) -> FloatArray:
-        """Bound from areas and boxes alone: the intersection fits both masks and both boxes."""
-        low = np.maximum(self.boxes[best, :2], self.boxes[rest, :2])
-        high = np.minimum(self.boxes[best, 2:], self.boxes[rest, 2:])
-        shared = np.clip(high - low, 0, None).prod(axis=1)
-        inter = np.minimum(shared, np.minimum(self.areas[best], self.areas[rest]))
-        return inter / np.maximum(self.areas[best] + self.areas[rest] - inter, 1)
-
-    def _intersections(self, best: int, others: IntArray) -> IntArray:
-        """Shared pixels, counted inside the best mask's box only, a cache-sized chunk of masks at a time."""
-        x0, y0, x1, y1 = self.boxes[best]
-        window = np.s_[y0:y1, x0 // 64 : -(-x1 // 64)]
-        reference = self.words[best][window]
-        step = max(1, _NMS_WORDS // max(1, reference.size))
-        chunks = [others[i : i + step] for i in range(0, len(others), step)]
-        shared = (np.bitwise_count(self.words[(chunk, *window)] & reference) for chunk in chunks)
-        counts = [bits.sum(axis=(1, 2), dtype=np.int64) for bits in shared]
-        return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
-
-
-def _greedy(order: IntArray, suppresses: Callable[[int, IntArray], BoolArray]) -> IntArray:
+    corners = _as_boxes(boxes)
+    order = _score_order(scores, len(corners))
     kept = []
     while order.size:
-        best, rest = int(order[0]), order[1:]
+        best, rest = order[0], order[1:]
         kept.append(best)
-        order = rest[~suppresses(best, rest)] if rest.size else rest
+        order = rest[box_iou(corners[[best]], corners[rest])[0] <= iou_threshold]
     return np.array(kept, dtype=np.int64)
 
 

@@ -9,9 +9,11 @@ For clicking, `encoded = pipe.encode("photo.jpg")` runs the image encoder once: 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ class RegionPipeline(Pipeline):
         model: a [`TapForConditionalGeneration`].
         processor: its [`TapProcessor`].
         concepts: a [`ConceptSpace`], or the folder or hub id of one; by default that of the model, if any.
+        batch_size: regions decoded at once, 64 by default; bounds memory.
         kwargs: as for any Transformers pipeline (`device`, ...), and defaults for the options of a call.
 
     Attributes:
@@ -94,9 +97,12 @@ class RegionPipeline(Pipeline):
         model: TapForConditionalGeneration,
         processor: TapProcessor,
         concepts: Concepts | None = None,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, processor=processor, **{"task": TASK, **kwargs})
+        # Transformers means pictures by this name, and would keep it to itself.
+        self._forward_params.update(self._sanitize_parameters(batch_size=batch_size)[1])
         self.model.eval()
         self.concepts = load_concepts(concepts, model.name_or_path or "")
         self._warned = False
@@ -228,9 +234,11 @@ class RegionPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "top_k": top_k}
         for name, value in counts.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        generate = _given(**(generate_kwargs or {}), max_new_tokens=max_new_tokens)
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(generate_kwargs, Mapping | None):
+            raise InputError(f"generate_kwargs must be a dict of options of generate, got {generate_kwargs!r}")
+        generate = {**(generate_kwargs or {}), **_given(max_new_tokens=max_new_tokens)}
         before = _given(everything=everything, mask_prompt=mask_prompt)
         during = _given(captions=captions, batch_size=batch_size, progress=progress)
         return before, {**during, "generate_kwargs": generate} if generate else during, _given(top_k=top_k)
@@ -299,6 +307,11 @@ class RegionPipeline(Pipeline):
     def postprocess(self, model_outputs: _Answer, top_k: int = 1) -> list[Result]:  # type: ignore[override]
         """Name the regions and put the results together."""
         answer = model_outputs
+        if not all(map(math.isfinite, answer.iou_scores)):
+            raise InputError(
+                "the model answers with NaN or infinite values: damaged weights, or too large for float16; "
+                "try dtype float32"
+            )
         named = self._names(answer.embeds, top_k) if answer.regions else []
         columns = zip(answer.regions, answer.masks, answer.iou_scores, named, answer.captions, strict=True)
         return [_result(answer.size, *column, top_k) for column in columns]

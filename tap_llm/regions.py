@@ -6,7 +6,8 @@ A region is a dict in pixels of the original image (after EXIF orientation), in 
     {"points": [[x, y], ...], "labels": [1, 0, ...]} pixel indices; labels 1 inside, 0 outside, default 1
     {"box": ..., "points": ..., "labels": ...}
     {"sketch": [[x, y], ...]}                        a stroke, resampled to at most 9 points
-    {"mask": ...}                                    (H, W) array, COCO RLE dict, polygons, mask image path
+    {"mask": ...}                                    (H, W) array (or nested lists of 0 and 1), COCO RLE dict,
+                                                     polygons, mask image path
 
 "id", "category" and "caption" ride along, and "type": "region" marks a chat message part. A key whose value
 is None counts as absent. Rows and pad points follow TAP, arXiv:2312.09128.
@@ -35,6 +36,7 @@ from .masks import (
     mask_to_box,
     mask_to_points,
     polygons_to_mask,
+    rle_size,
 )
 
 Region = dict[str, Any]
@@ -298,17 +300,30 @@ def _read_mask(value: Any, height: int, width: int) -> BoolArray:
     if isinstance(value, (str, Path)):
         mask = _mask_from_file(value)
     elif isinstance(value, Mapping):
+        _check_mask_size(rle_size(value), height, width)  # before anything of a wrong size exists
         mask = decode_rle(value)
     elif isinstance(value, (list, tuple)):
-        mask = polygons_to_mask(value, height, width)
+        nested = _mask_from_lists(value, height, width)
+        mask = polygons_to_mask(value, height, width) if nested is None else nested
     else:
         mask = _mask_from_array(value)
-    if mask.shape != (height, width):
-        mask_size = f"{mask.shape[1]}x{mask.shape[0]}"
-        raise InputError(f"mask is {mask_size}, but the image is {width}x{height} (width x height)")
+    _check_mask_size(mask.shape, height, width)
     if not mask.any():
         raise InputError("mask is empty: no pixel is inside")
     return mask
+
+
+def _check_mask_size(shape: tuple[int, ...], height: int, width: int) -> None:
+    if shape != (height, width):
+        raise InputError(f"mask is {shape[1]}x{shape[0]}, but the image is {width}x{height} (width x height)")
+
+
+def _mask_from_lists(rows: Sequence[Any], height: int, width: int) -> BoolArray | None:
+    """`height` rows of `width` zeros and ones as a mask; None for anything else, such as polygons."""
+    array = _numbers(rows) if len(rows) == height else None
+    if array is None or array.shape != (height, width) or not np.isin(array, (0, 1)).all():
+        return None
+    return array.astype(bool)
 
 
 def _mask_from_array(value: Any) -> BoolArray:

@@ -17,9 +17,9 @@ TOKENIZER = SHARED / "goldens" / "tokenizer" / "tokenizer.model"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Results and timings do not depend on the machine's number of cores."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """The models of most tests are tiny: threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

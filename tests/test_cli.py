@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -244,7 +245,10 @@ def test_a_failed_write_leaves_nothing(photo, folder, capsys, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    assert "No space left" in assert_fails(capsys, describe(photo, *BOX, model=folder))
+    status = describe(photo, *BOX, model=folder)
+    out, err = capsys.readouterr()
+    assert status == 2 and out.split()[0] == "#"  # the results are not lost
+    assert err.count("\n") == 1 and f"{photo.stem}.tap.png" in err and "No space left" in err
     assert files(photo.parent) == {"photo.jpg"}
 
 
@@ -318,3 +322,24 @@ def test_runs_as_a_module(photo, folder):
     assert done.stderr == ""  # nothing of what libraries say
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stdout) == (2, "") and failed.stderr.count("\n") == 1
+
+
+def test_a_picture_too_large_for_its_format_is_named(folder, capsys, tmp_path):
+    wide, target = tmp_path / "wide.png", tmp_path / "out.webp"
+    Image.new("RGB", (16384, 2)).save(wide)
+    status = describe(wide, "--box", "0,0,90,2", "--no-captions", "--out", target, model=folder)
+    out, err = capsys.readouterr()
+    assert status == 2 and out.split()[0] == "#"
+    assert err.count("\n") == 1 and str(target) in err and "16384x" in err and "--out" in err
+    assert files(tmp_path) == {"wide.png"}
+
+
+def test_damaged_models_are_one_line(photo, bare_folder, capsys, tmp_path):
+    model = tmp_path / "model"
+    copytree(bare_folder, model)
+    (model / "config.json").write_text("[]")
+    assert f"{model} cannot be loaded" in assert_fails(capsys, describe(photo, *BOX, model=str(model)))
+
+
+def test_convert_of_a_picture_says_so(photo, capsys, tmp_path):
+    assert "is no checkpoint" in assert_fails(capsys, cli.main(["convert", str(photo), str(tmp_path / "out")]))

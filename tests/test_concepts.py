@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from tap_llm import concepts
 from tap_llm.concepts import ConceptSpace
+from tap_llm.download import NotInRepositoryError, download
 from tap_llm.errors import InputError, MissingFileError
+from tap_llm.loading import load_concepts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = SHARED / "goldens" / "tap_tiny"
@@ -195,3 +199,64 @@ def test_from_text_errors(clip: tuple[CLIPModel, PreTrainedTokenizerFast]) -> No
         ConceptSpace.from_text(["cat"])
     with pytest.raises(InputError, match="more than once"):
         ConceptSpace.from_text(["cat", "cat"], ["a {}"], model, tokenizer)
+
+
+def test_the_callers_array_stays_the_callers() -> None:
+    array, tensor = np.eye(4, 3, dtype=np.float32), torch.eye(4, 3)
+    spaces = [ConceptSpace(["a", "b", "c"], weights) for weights in (array, tensor)]
+    array[:], tensor[:] = 7, 7
+    assert all(torch.equal(own.weights, torch.eye(4, 3)) for own in spaces)
+
+
+def test_classify_leaves_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = space()
+    before = own.weights
+    monkeypatch.setattr(ConceptSpace, "to", lambda self, device: pytest.fail("moved for everyone"))
+    with contextlib.suppress(RuntimeError):  # there is no autocast on the meta device; the weights have moved by then
+        own.logits(torch.ones(2, 4, device="meta"))
+    assert own.weights is before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_embeddings_that_are_no_numbers_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match="NaN or infinite.*float32"):
+        space().classify(torch.tensor([[1.0, 0.0, 0.0, value]]))
+
+
+@pytest.mark.parametrize("absent", ["concepts.json", "concepts.safetensors"])
+def test_one_file_without_the_other_is_no_missing_file(tmp_path: Path, absent: str) -> None:
+    space().save_pretrained(tmp_path)
+    (tmp_path / absent).unlink()
+    with pytest.raises(InputError, match=f"incomplete: there is no {absent}"):
+        load_concepts(None, str(tmp_path))
+
+
+def test_a_model_has_no_concepts_only_where_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_with(error: Exception) -> None:
+        def fail(*args: str) -> None:
+            raise error
+
+        monkeypatch.setattr(concepts, "download", fail)
+
+    assert load_concepts(None, str(tmp_path)) is None
+    fail_with(NotInRepositoryError("no such file"))
+    assert load_concepts(None, "someone/model") is None
+    fail_with(MissingFileError("cannot download: no network"))
+    with pytest.raises(InputError, match="no network"):
+        load_concepts(None, "someone/model")
+
+
+def test_downloads_tell_absent_from_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = hub_errors.RemoteEntryNotFoundError.__new__(hub_errors.RemoteEntryNotFoundError)  # else needs a response
+    for error, kind in (
+        (remote, NotInRepositoryError),
+        (hub_errors.LocalEntryNotFoundError("offline"), MissingFileError),
+    ):
+
+        def fail(*args: str, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+        with pytest.raises(MissingFileError) as caught:
+            download("someone/model", "concepts.json")
+        assert type(caught.value) is kind

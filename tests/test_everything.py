@@ -288,3 +288,29 @@ def test_several_grid_densities_are_joined() -> None:
     assert len(_layer_grid(config, 1, 100, 100)) == 4 + 1
     with pytest.raises(InputError, match="points_per_side"):
         EverythingConfig(points_per_side=())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points_per_side": "ab"}, "points_per_side must be a whole number, or several, got 'ab'"),
+        ({"points_per_side": 2.5}, "points_per_side must be a whole number, or several, got 2.5"),
+        ({"points_per_side": [8, "9"]}, "points_per_side must be a whole number"),
+        ({"points_per_batch": 2.5}, "points_per_batch must be a whole number"),
+        ({"crop_layers": "1"}, "crop_layers must be a whole number"),
+        ({"pred_iou_threshold": "high"}, "pred_iou_threshold must be a number"),
+        ({"stability_threshold": None}, "stability_threshold must be a number"),
+        ("yes", "everything must be True, a dict"),
+        (1, "everything must be True, a dict"),
+    ],
+)
+def test_settings_of_a_wrong_type(options, message):
+    with pytest.raises(InputError, match=message):
+        EverythingConfig.from_options(options)
+
+
+def test_numpy_numbers_and_lists_are_settings_too():
+    config = EverythingConfig(
+        points_per_side=[8, np.int64(4)], pred_iou_threshold=np.float32(0.5), min_area=np.int32(3)
+    )
+    assert config.densities == (8, 4)

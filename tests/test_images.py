@@ -247,3 +247,26 @@ def test_open_image_keeps_the_mode(tmp_path: Path) -> None:
     assert np.asarray(open_image(save(tmp_path / "labels.png", palette))).tolist() == [[3, 3]]
     with pytest.raises(MissingFileError, match="^mask image"):
         open_image(tmp_path / "absent.png", "mask image")
+
+
+def test_postscript_never_reaches_an_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "photo.eps", Image.new("RGB", (4, 3)))
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **options: pytest.fail("interpreted"))
+    for name in ("photo.eps", "photo.png"):
+        with pytest.raises(InputError, match="not an image of a known format"):
+            open_image(path.rename(tmp_path / name), "mask image")
+        path = tmp_path / name
+
+
+def test_unknown_formats_of_an_older_pillow_do_no_harm(
+    photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "FILE_FORMATS", ("NOT-YET", "PNG"))
+    path = save(tmp_path / "photo.png", Image.fromarray(photo))
+    np.testing.assert_array_equal(pixels(load_image(path)), photo)
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "bmp", "dib", "tiff", "ppm", "ico", "tga", "jpg", "jp2", "webp"])
+def test_common_formats_are_read(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path / f"photo.{kind}", Image.new("RGB", (32, 32), (200, 30, 60)))
+    assert np.abs(pixels(load_image(path)).astype(int) - (200, 30, 60)).max() <= 4

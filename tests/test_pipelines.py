@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from shutil import copytree
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +20,11 @@ from tap_llm.concepts import ConceptSpace
 from tap_llm.errors import InputError, MissingFileError
 from tap_llm.loading import load_tap, parse_device, parse_dtype
 from tap_llm.masks import mask_to_box
-from tap_llm.pipelines import RegionPipeline
+from tap_llm.pipelines import RegionPipeline, register_pipeline
 from tap_llm.tap import TapConfig, TapForConditionalGeneration
 from tap_llm.tap.image_processing_tap import TapImageProcessor
 from tap_llm.tap.processing_tap import TapProcessor
+from tap_llm.tap.tokenization import load_tokenizer
 
 CANVAS, WIDTH, WORDS = 64, 32, 64
 KEYS = ["region", "mask", "box", "iou", "concept", "concept_score", "caption"]
@@ -277,8 +282,6 @@ def test_tokenizer_and_concepts_can_be_given_to_a_bare_model(folder, bare_folder
 
 
 def test_transformers_pipeline_is_the_same(folder, pipe):
-    from tap_llm.pipelines import register_pipeline
-
     register_pipeline()
     other = transformers.pipeline("region-understanding", model=folder, device="cpu")
     assert isinstance(other, RegionPipeline)
@@ -306,7 +309,11 @@ def test_bfloat16_on_cpu(folder, pipe):
         ({"regions": REGIONS, "everything": True}, "either regions"),
         ({"regions": [{"box": [5, 5, 5, 9]}]}, "region 0: box"),
         ({"regions": [{"points": [[0, 0]]}, {"points": [[999, 0]]}]}, "region 1"),
-        ({"regions": REGIONS, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"regions": REGIONS, "batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"regions": REGIONS, "top_k": "2"}, "top_k must be a whole number of at least 1, got '2'"),
+        ({"regions": REGIONS, "generate_kwargs": 3}, "generate_kwargs must be a dict"),
+        ({"everything": "yes"}, "everything must be True, a dict"),
+        ({"everything": {"points_per_side": "ab"}}, "points_per_side must be a whole number, or several, got 'ab'"),
         ({"everything": {"density": 3}}, 'unknown setting "density"'),
     ],
 )
@@ -337,11 +344,11 @@ def test_bad_models(bare_folder, tmp_path):
     weights = tmp_path / "model.safetensors"
     tiny_model().config.save_pretrained(tmp_path)
     weights.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="cannot load the model"):
+    with pytest.raises(InputError, match="cannot be loaded"):
         load_tap(tmp_path)
     model = tiny_model()
     model.model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="incomplete: .*caption_decoder"):
+    with pytest.raises(InputError, match="missing, first caption_decoder"):
         load_tap(tmp_path)
 
 
@@ -351,3 +358,127 @@ def test_bad_models(bare_folder, tmp_path):
 def test_bad_devices_and_dtypes(parse, value):
     with pytest.raises(InputError, match=value):
         parse(value)
+
+
+def damaged_folder(folder, target, file, change):
+    """A copy of a model folder with one JSON file changed."""
+    copytree(folder, target)
+    path = target / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)))
+    return target
+
+
+def with_entry(*keys, value):
+    def change(content):
+        *outer, last = keys
+        inner = content
+        for key in outer:
+            inner = inner[key]
+        inner[last] = value
+        return content
+
+    return change
+
+
+CONFIG, PROCESSOR = "config.json", "processor_config.json"
+DAMAGES = {
+    "config_list": (CONFIG, lambda content: []),
+    "config_text": (CONFIG, with_entry("vision_config", "hidden_size", value="abc")),
+    "patch_size_0": (CONFIG, with_entry("vision_config", "patch_size", value=0)),
+    "heads_0": (CONFIG, with_entry("vision_config", "num_attention_heads", value=0)),
+    "activation": (CONFIG, with_entry("vision_config", "hidden_act", value="nope")),
+    "vision_config_3": (CONFIG, with_entry("vision_config", value=3)),
+    "fewer_layers": (CONFIG, with_entry("mask_decoder_config", "num_hidden_layers", value=1)),
+    "processor_list": (PROCESSOR, lambda content: []),
+    "canvas": (PROCESSOR, with_entry("image_processor", "size", value={"longest_edge": 2 * CANVAS})),
+    "canvas_sides": (PROCESSOR, with_entry("image_processor", "size", value={"height": CANVAS, "width": CANVAS})),
+    "mean_of_2": (PROCESSOR, with_entry("image_processor", "image_mean", value=[0.5, 0.5])),
+    "std_0": (PROCESSOR, with_entry("image_processor", "image_std", value=[0, 0, 0])),
+    "other_processor": (PROCESSOR, with_entry("image_processor", "image_processor_type", value="CLIPImageProcessor")),
+    "tokenizer": ("tokenizer.json", lambda content: {"version": "1.0"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_give_one_error(folder, tmp_path, damage):
+    file, change = DAMAGES[damage]
+    target = damaged_folder(folder, tmp_path / "model", file, change)
+    with pytest.raises(InputError) as caught:
+        load_tap(target)
+    assert str(target) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "layers", "first"),
+    [
+        ("mask_decoder_config", 1, r"model\.mask_decoder\.layers\.1"),
+        ("text_config", 0, r"caption_decoder\.model\.layers\.0"),
+    ],
+)  # fmt: skip
+def test_tensors_that_the_config_does_not_know_are_refused(folder, tmp_path, part, layers, first):
+    change = with_entry(part, "num_hidden_layers", value=layers)
+    target = damaged_folder(folder, tmp_path / "model", CONFIG, change)
+    with pytest.raises(InputError, match=f"tensors are more than its config tells of, first {first}"):
+        load_tap(target)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_damaged_tokenizers(folder, tmp_path, content):
+    copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(content)
+    for load in (load_tap, load_tokenizer):
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load(tmp_path / "model")
+
+
+def test_code_in_a_folder_is_never_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    target, marker = tmp_path / "model", tmp_path / "marker"
+    damaged_folder(folder, target, "tokenizer_config.json", with_entry("auto_map", value={
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"]}))  # fmt: skip
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "Evil"
+    (target / "tokenizer_config.json").write_text(json.dumps(config))
+    (target / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked"))
+    for load in (load_tap, load_tokenizer):
+        with contextlib.suppress(InputError):
+            load(target)
+    assert not marker.exists()
+
+
+def test_generate_kwargs_may_name_the_length(pipe):
+    def longest(**options):
+        return max(len(result["caption"].split()) for result in pipe(photo(), REGIONS, **options))
+
+    assert longest(generate_kwargs={"max_new_tokens": 2}) <= 2 < longest()
+    assert longest(generate_kwargs={"max_new_tokens": 9}, max_new_tokens=2) <= 2
+
+
+def test_batch_size_can_be_a_default(folder, monkeypatch):
+    register_pipeline()
+    for pipe in (
+        RegionPipeline.from_pretrained(folder, device="cpu", batch_size=3),
+        transformers.pipeline("region-understanding", model=folder, device="cpu", batch_size=3),
+    ):
+        rows, forward = [], pipe.model.forward
+
+        def count(*args, rows=rows, forward=forward, **kwargs):
+            rows.append(len(kwargs["input_points"]))
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(pipe.model, "forward", count)
+        pipe(photo(), REGIONS, captions=False)
+        pipe(photo(), REGIONS, captions=False, batch_size=4)
+        assert rows == [3, 1, 4]
+    with pytest.raises(InputError, match="batch_size"):
+        RegionPipeline.from_pretrained(folder, device="cpu", batch_size=0)
+
+
+@pytest.mark.parametrize("part", ["iou_head", "semantic_head"])
+def test_a_model_that_answers_nan_is_an_error(pipe, part):
+    with torch.no_grad():
+        getattr(pipe.model.model.mask_decoder, part).layers[2].bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="NaN"):
+        pipe(photo(), REGIONS, captions=False)

@@ -211,7 +211,7 @@ BAD_REGIONS: list[tuple[Any, str]] = [
     ({"mask": np.full((HEIGHT, WIDTH), np.nan)}, "0 and 1 only"),
     ({"mask": np.full((HEIGHT, WIDTH), "x")}, "must be a"),
     ({"mask": encode_rle(np.ones((4, 4), bool))}, "mask is 4x4"),
-    ({"mask": {"size": [2, 2], "counts": [9]}}, "RLE"),
+    ({"mask": {"size": [20, 30], "counts": [9]}}, "RLE"),
     ({"mask": []}, "polygons"),
     ({"mask": [[25, 25, 28, 25, 28, 28]]}, "mask is empty"),
     ({"mask": 7}, "must be a .* array, an RLE dict, .* got 7"),
@@ -367,3 +367,19 @@ def test_region_to_json_copies_deeply_and_refuses_objects() -> None:
     assert region == {"points": [[1, 2]]}
     with pytest.raises(InputError, match="a set cannot be written as JSON"):
         region_to_json({"box": [0, 0, 1, 1], "category": {"cat"}})
+
+
+def test_rle_of_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tap_llm.regions.decode_rle", lambda rle: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="mask is 10000x9999, but the image is 30x20"):
+        parse({"mask": {"size": [9999, 10000], "counts": [99990000]}})
+
+
+def test_nested_lists_of_zeros_and_ones_are_a_mask() -> None:
+    for rows in (square().tolist(), square().astype(int).tolist()):
+        assert_same(parse({"mask": rows}), parse({"mask": square()}))
+    for empty in (False, 0):
+        with pytest.raises(InputError, match="mask is empty"):
+            parse({"mask": [[empty] * WIDTH] * HEIGHT})
+    polygons = [[3, 4, 8, 4, 8, 9, 3, 9]] * 2
+    assert_same(parse_region({"mask": polygons}, HEIGHT, WIDTH), parse({"mask": square()}))

@@ -33,24 +33,16 @@ from tap_llm.tap.image_processing_tap import TapImageProcessor
 from tap_llm.tap.modeling_tap import TapForConditionalGeneration
 from tap_llm.tap.processing_tap import TapProcessor
 from tap_llm.tap.tokenization import load_sentencepiece_tokenizer
-from training.provisional_shapes import (
-    SHAPE_NAMES,
-    Scene,
-    box_region,
-    draw_scene,
-    point_region,
-    random_size,
-    sample_region,
-)
+from training import provisional_shapes as shapes
 
 SIDE, CELL = 256, 16  # canvas and patch, pixels
 IMAGES, PROMPTS = 8, 4  # scenes per step, regions per scene
-VOCABULARY = 512
-LOGIT_SCALE = 30.0
+VOCABULARY, LOGIT_SCALE = 512, 30.0
+CELL_WORDS = shapes.SHAPE_NAMES, tuple(shapes.COLOURS)  # what the cells of the image grid are asked for
 FIRST_TEST_SEED, TEST_SCENES = 10**9, 150  # training stays below
 TEST_SIZES = ((256, 256), (640, 480), (300, 450))
 LONGEST_STEP = 10.0  # seconds; a step that takes longer was paused, and a pause uses up no time
-# Plain words and characters, so that the tokenizer does not fall apart on other English.
+# Plain words, so that the tokenizer does not fall apart on other English.
 WORDS = """
 the a an of and or in on is are was at to by with without it this that there no not left right top bottom center
 middle front behind near next under over above below inside outside picture photo image drawing object thing shape
@@ -59,7 +51,6 @@ window wall floor table chair bed book cup bottle bowl plate food fruit apple ba
 bright gray big little long short round flat old new one two three four five many some wooden metal glass paper
 plastic shirt pants shoes hat bag standing sitting walking running holding wearing looking made color
 """
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 
 
 # The tokenizer
@@ -70,9 +61,11 @@ def train_tokenizer(folder: Path) -> Path:
 
     The last piece is the rarest character; one that no caption needs is put in on purpose, to serve as pad.
     """
-    captions = [caption for seed in range(600) for caption in draw_scene(seed, 64).captions]
+    captions = [caption for seed in range(600) for caption in shapes.draw_scene(seed, 64).captions]
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join([*captions, *WORDS.split() * 20, *CHARACTERS * 2, "¤"]))
+    corpus.write_text(
+        "\n".join([*captions, *WORDS.split() * 20, *"abcdefghijklmnopqrstuvwxyz0123456789.,!?'-" * 2, "¤"])
+    )
     spm.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=VOCABULARY,
         character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity",
@@ -90,17 +83,14 @@ class Batches(Dataset[dict[str, Tensor]]):
     def __init__(self, processor: TapProcessor) -> None:
         self.processor = processor
 
-    def __len__(self) -> int:
-        return FIRST_TEST_SEED // IMAGES
-
-    def _scene_rows(self, seed: int) -> tuple[Scene, list[dict[str, Any]], np.ndarray]:
+    def _scene_rows(self, seed: int) -> tuple[shapes.Scene, list[dict[str, Any]], np.ndarray]:
         rng = np.random.default_rng((seed, 1))
-        scene = draw_scene(seed, random_size(rng, SIDE))
+        scene = shapes.draw_scene(seed, shapes.random_size(rng, SIDE))
         picks = rng.integers(0, len(scene.names), PROMPTS)
-        return scene, [sample_region(rng, scene.masks[i]) for i in picks], picks
+        return scene, [shapes.sample_region(rng, scene.masks[i]) for i in picks], picks
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """The processor's keys, plus `masks` (N, SIDE/4, SIDE/4), `names` (N,), and `cells` (B, G, G)."""
+        """The processor's keys, plus `masks` (N, SIDE/4, SIDE/4), `names` (N,), and `cells` (B, 2, G, G)."""
         drawn = [self._scene_rows(number * IMAGES + i) for i in range(IMAGES)]
         batch = dict(
             self.processor(
@@ -113,11 +103,12 @@ class Batches(Dataset[dict[str, Tensor]]):
         for scene, _, picks in drawn:
             canvas = np.zeros((len(scene.masks), SIDE, SIDE), dtype=bool)
             canvas[:, : scene.image.shape[0], : scene.image.shape[1]] = scene.masks
-            classes = np.array([SHAPE_NAMES.index(name) for name in scene.names])
+            said = zip(scene.names, scene.colours, strict=True)
+            classes = np.array([[words.index(w) for words, w in zip(CELL_WORDS, pair, strict=True)] for pair in said])
             masks.append(canvas[picks].reshape(len(picks), SIDE // 4, 4, SIDE // 4, 4).mean((2, 4), np.float32))
-            at_centres = canvas[:, CELL // 2 :: CELL, CELL // 2 :: CELL]
-            cells.append((at_centres * (classes + 1)[:, None, None]).sum(axis=0))
-            names.append(classes[picks])
+            at_centres = canvas[:, CELL // 2 :: CELL, CELL // 2 :: CELL].astype(np.int64)
+            cells.append(np.einsum("mw,myx->wyx", classes + 1, at_centres))
+            names.append(classes[picks, 0])
         targets = {"masks": np.concatenate(masks), "cells": np.stack(cells), "names": np.concatenate(names)}
         return batch | {key: torch.from_numpy(target) for key, target in targets.items()}
 
@@ -150,19 +141,23 @@ def slot_weights(losses: Tensor, from_box: Tensor) -> Tensor:
     return torch.where(from_box[:, None], box, points / points.sum(1, keepdim=True))
 
 
+def cell_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of image cells, (B, G, G, K) against (B, G, G); the many background cells (0) count little."""
+    weights = torch.ones(logits.shape[-1]).index_fill(0, torch.tensor(0), 0.1)
+    return F.cross_entropy(logits.flatten(0, 2), target.flatten(), weights)
+
+
 class Trainee(nn.Module):
-    """The model with all of its losses, and a throw-away head that names image cells: names start early."""
+    """The model with its losses; throw-away heads that read shape and colour off image cells start words early."""
 
     concept_weights: Tensor
-    cell_weights: Tensor
 
     def __init__(self, model: TapForConditionalGeneration, concepts: ConceptSpace) -> None:
         super().__init__()
         self.model = model
-        self.cell_head = nn.Linear(model.model.mask_decoder.config.hidden_size, len(SHAPE_NAMES) + 1)
+        width = model.model.mask_decoder.config.hidden_size
+        self.cell_heads = nn.ModuleList(nn.Linear(width, 1 + len(words)) for words in CELL_WORDS)
         self.register_buffer("concept_weights", concepts.weights.clone(), persistent=False)
-        background_and_names = torch.tensor([0.1] + [1.0] * len(SHAPE_NAMES))
-        self.register_buffer("cell_weights", background_and_names, persistent=False)
 
     def forward(self, masks: Tensor, names: Tensor, cells: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         """Losses by name, to be summed. The caption reads the slot that inference would read."""
@@ -174,13 +169,14 @@ class Trainee(nn.Module):
         iou_error = (out.iou_scores - true_iou(logits, masks)).square()
         concept_logits = F.normalize(out.semantic_embeds.float(), dim=-1) @ self.concept_weights
         every_slot = names[:, None].expand(concept_logits.shape[:2])  # a shape has no parts: one name for all slots
-        cell_logits = self.cell_head(out.image_embeddings.flatten(2).transpose(1, 2)).float()
+        image = out.image_embeddings.permute(0, 2, 3, 1)
+        cell_losses = [cell_loss(head(image).float(), cells[:, i]) for i, head in enumerate(self.cell_heads)]
         return {
             "mask": (losses * weights).sum(1).mean(),
             "iou": (iou_error * (weights > 0)).sum(1).mean(),
             "name": 2 * F.cross_entropy(concept_logits.flatten(0, 1), every_slot.flatten()),
-            "caption": out.loss,
-            "cell": F.cross_entropy(cell_logits.flatten(0, 1), cells.flatten(), self.cell_weights),
+            "caption": 2 * out.loss,
+            "cell": torch.stack(cell_losses).sum(),
         }
 
 
@@ -191,7 +187,7 @@ def build(run_dir: Path) -> tuple[TapForConditionalGeneration, TapProcessor, Con
     """A fresh model of 3.5 M parameters, its processor, and a concept space of fixed orthogonal names."""
     file = run_dir / "tokenizer.model"
     tokenizer = load_sentencepiece_tokenizer(file if file.exists() else train_tokenizer(run_dir))
-    init = {"initializer_range": 0.05}  # PyTorch's own scale at these widths; with 0.02 masks start late
+    init = {"initializer_range": 0.05}  # PyTorch's own scale at these widths; with 0.02 masks start later
     config = TapConfig.from_variant(
         "tiny",
         vision_config={"mlp_ratio": 2.0, **init},
@@ -206,15 +202,15 @@ def build(run_dir: Path) -> tuple[TapForConditionalGeneration, TapProcessor, Con
     processor = TapProcessor(TapImageProcessor(size={"longest_edge": SIDE}), tokenizer)
     # Plain attention: under bfloat16 on CPU it trains faster than the fused one.
     model = TapForConditionalGeneration._from_config(config, attn_implementation="eager")
-    shape = model.model.mask_decoder.config.semantic_embed_dim, len(SHAPE_NAMES)
+    shape = model.model.mask_decoder.config.semantic_embed_dim, len(shapes.SHAPE_NAMES)
     directions = torch.linalg.qr(torch.randn(shape, generator=torch.Generator().manual_seed(0)))[0]
-    return model, processor, ConceptSpace(list(SHAPE_NAMES), LOGIT_SCALE * directions)
+    return model, processor, ConceptSpace(list(shapes.SHAPE_NAMES), LOGIT_SCALE * directions)
 
 
 def make_optimizers(module: nn.Module, lr: float) -> list[Optimizer]:
-    """Muon for the matrices of attention and MLPs (names start in half the time), AdamW for the rest."""
-    matrices: list[nn.Parameter] = []
+    """Muon for the matrices of attention and MLPs (names start earlier), AdamW for the rest."""
     rest: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         is_matrix = name.endswith(("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight"))
         (matrices if is_matrix else rest).append(parameter)
@@ -246,9 +242,7 @@ def load_checkpoint(path: Path, trainee: Trainee, optimizers: list[Optimizer]) -
     return state["step"], state["seconds"]
 
 
-def train_step(
-    trainee: Trainee, batch: dict[str, Tensor], optimizers: list[Optimizer], rate: float
-) -> dict[str, float]:
+def train_step(trainee: Trainee, batch: dict[str, Tensor], optimizers: list[Optimizer], lr: float) -> dict[str, float]:
     """One step at a share of the peak learning rates; the losses before it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = trainee(**batch)
@@ -256,7 +250,7 @@ def train_step(
     nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+            group["lr"] = lr * group["peak"]
         optimizer.step()
         optimizer.zero_grad()
     return {name: loss.item() for name, loss in losses.items()}
@@ -271,7 +265,7 @@ def train(trainee: Trainee, dataset: Batches, args: argparse.Namespace) -> int:
     smooth: dict[str, float] = {}
     trainee.train()
     # Scenes are drawn by a process of their own.
-    batches = iter(DataLoader(dataset, batch_size=None, sampler=range(step, len(dataset)), num_workers=1))
+    batches = iter(DataLoader(dataset, batch_size=None, sampler=range(step, FIRST_TEST_SEED // IMAGES), num_workers=1))
     while seconds < budget:
         losses = train_step(trainee, next(batches), optimizers, schedule(step, seconds / budget))
         step, previous, tick = step + 1, tick, time.time()
@@ -279,8 +273,8 @@ def train(trainee: Trainee, dataset: Batches, args: argparse.Namespace) -> int:
         smooth = {name: 0.95 * smooth.get(name, value) + 0.05 * value for name, value in losses.items()}
         if step % 25 == 0:
             text = " ".join(f"{name} {value:.3f}" for name, value in smooth.items())
-            progress = f"{step * IMAGES / seconds:.1f} img/s, ETA {(budget - seconds) / 60:.1f} min"
-            print(f"step {step} {text} | {progress}", flush=True)
+            eta = f"{step * IMAGES / seconds:.1f} img/s, ETA {(budget - seconds) / 60:.1f} min"
+            print(f"step {step} {text} | {eta}", flush=True)
         if seconds - saved > 120 or seconds >= budget:
             saved = seconds
             save_checkpoint(path, trainee, optimizers, step=step, seconds=seconds)
@@ -316,11 +310,11 @@ def evaluate(model: TapForConditionalGeneration, processor: TapProcessor, concep
     model.eval()
     scores: dict[str, list[float]] = {}
     for number in range(TEST_SCENES):
-        scene = draw_scene(FIRST_TEST_SEED + number, TEST_SIZES[number % len(TEST_SIZES)])
+        scene = shapes.draw_scene(FIRST_TEST_SEED + number, TEST_SIZES[number % len(TEST_SIZES)])
         rng = np.random.default_rng(number)
         prompts = {
-            "box": [box_region(mask) for mask in scene.masks],
-            "point": [point_region(rng, mask, 1) for mask in scene.masks],
+            "box": [shapes.box_region(mask) for mask in scene.masks],
+            "point": [shapes.point_region(rng, mask, 1) for mask in scene.masks],
         }
         for kind, regions in prompts.items():
             masks, names, captions = predict(model, processor, concepts, scene.image, regions)
@@ -350,8 +344,7 @@ nothing else; on photos its masks are rough and its names and captions are meani
 - Size: {parameters:.2f} M parameters, float32; canvas {side} x {side} pixels.
 - Names: {names}.
 - Captions: colour, shape, often size and texture ("a small striped red star").
-- Data: scenes drawn by `training/provisional_shapes.py`; no photos, no third-party data.
-- Licence: Apache-2.0.
+- Data: scenes drawn by `training/provisional_shapes.py`; no photos, no third-party data. Licence: Apache-2.0.
 - Command: `python -m training.provisional_tiny --minutes {minutes:g} --out tap_llm/assets/tap-tiny`
   ({steps} steps, {images} scenes, on 2 CPU cores).
 
@@ -366,15 +359,13 @@ resolution, captions decoded greedily; {date}, 2 CPU cores.
 """
 
 
-def write_card(
-    args: argparse.Namespace, model: TapForConditionalGeneration, steps: int, scores: dict[str, float]
-) -> None:
+def write_card(args: argparse.Namespace, model: nn.Module, steps: int, scores: dict[str, float]) -> None:
     """The model card with the measured numbers."""
     keys = [key.removeprefix("box ") for key in scores if key.startswith("box ")]
     rows = [f"| {key} | {scores['box ' + key]:.1f} % | {scores['point ' + key]:.1f} % |" for key in keys]
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        side=SIDE, names=", ".join(SHAPE_NAMES), steps=steps, images=steps * IMAGES, minutes=args.minutes,
+        side=SIDE, names=", ".join(shapes.SHAPE_NAMES), steps=steps, images=steps * IMAGES, minutes=args.minutes,
         scenes=TEST_SCENES, date=time.strftime("%Y-%m-%d"), rows="\n".join(rows),
     )  # fmt: skip
     (args.out / "README.md").write_text(card)
@@ -387,7 +378,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/tap-tiny"), help="checkpoint, resumed if any")
     parser.add_argument("--minutes", type=float, default=30, help="wall clock of the training")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
@@ -395,7 +385,6 @@ def main() -> None:
     """Build, train, save, measure, write the card."""
     args = parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model, processor, concepts = build(args.run_dir)
     steps = train(Trainee(model, concepts), Batches(processor), args)

@@ -27,11 +27,11 @@ from .official_keys import (
     layout_to_official,
     official_name,
     our_name,
-    relative_index,
 )
 from .processing_tap import TapProcessor
 from .tokenization import load_tokenizer
 from .unpickle import read_state_dict
+from .vision_encoder import relative_position_index
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHOWN = 3  # names listed per kind of problem in an error
@@ -93,29 +93,22 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Con
 
 def _check_index(state: Mapping[str, Tensor], window: int) -> None:
     """Index tables are dropped; one that differs from ours would mean another order of the bias table."""
-    expected = relative_index(window)
-    for name, value in state.items():
-        if REL_POS_INDEX.fullmatch(name) and not torch.equal(value.long().cpu(), expected):
-            raise InputError(f"{name} is not TAP's table of relative positions for windows of {window}")
+    tables = {name: value for name, value in state.items() if REL_POS_INDEX.fullmatch(name)}
+    # The shape first: a window that no table of the file has could ask for any amount of memory.
+    wrong = [name for name, value in tables.items() if value.shape != (window**2, window**2)]
+    if tables and not wrong:
+        expected = relative_position_index(window)
+        wrong = [name for name, value in tables.items() if not torch.equal(value.long().cpu(), expected)]
+    if wrong:
+        raise InputError(f"{wrong[0]} is not TAP's table of relative positions for windows of {window}")
 
 
-def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norms and the prompt frequencies keep full precision, as in the official files; they are tiny."""
-    return torch.float32 if "norm" in name or "coord_matrix" in name else dtype
-
-
-def _our_state(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], text_heads: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Official tensors that fit, under our names, in our layout and dtype."""
+def _our_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], text_heads: int) -> dict[str, Tensor]:
+    """Official tensors that fit, under our names and in our layout."""
     fitting = {name: state[name] for name, needed in expected.items() if _fits(state, name, needed)}
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     renamed = {str(our_name(name)): value for name, value in {**counters, **fitting}.items()}
-    ours = layout_from_official(renamed, text_heads)
-    return {
-        name: value.to(_stored_dtype(name, dtype)) if value.is_floating_point() else value
-        for name, value in ours.items()
-    }
+    return layout_from_official(renamed, text_heads)
 
 
 def _fits(state: Mapping[str, Tensor], name: str, needed: Tensor) -> bool:
@@ -130,7 +123,8 @@ def model_from_official(
     Args:
         state_dict: official names to tensors, from [`read_state_dict`].
         strict: refuse a checkpoint that does not fit one-to-one; otherwise what is missing starts at random.
-        dtype: `float32`, `float16` or `bfloat16`, of the weights; norms stay in float32.
+        dtype: `float32`, `float16` or `bfloat16`, of the whole model; the frequencies of the prompt
+            encoder alone stay in float32.
 
     Returns:
         The model in eval mode, and what did not fit.
@@ -150,9 +144,9 @@ def model_from_official(
     _check_index(state_dict, config.vision_config.window_size)
     with torch.device("meta" if report.fits else "cpu"):  # without gaps nothing needs initial values
         model = TapForConditionalGeneration(config)
-    ours = _our_state(state_dict, expected, config.text_config.num_attention_heads, DTYPES[dtype])
+    ours = _our_state(state_dict, expected, config.text_config.num_attention_heads)
     model.load_state_dict(ours, strict=report.fits, assign=True)
-    return model.eval(), report
+    return model.to(DTYPES[dtype]).eval(), report
 
 
 def _shortest(value: float, exact: np.float32, back: int) -> float:
@@ -296,7 +290,7 @@ def export_official(
     if model.model.vision_encoder.batch_norm_folded:
         raise InputError("this model's BatchNorm was folded for inference: load it again to export it")
     result = OrderedDict(_pixel_statistics(image_processor))
-    index = relative_index(config.vision_config.window_size).numpy()
+    index = relative_position_index(config.vision_config.window_size).numpy()
     for name, value in _official_layout(model).items():
         result[name] = _to_numpy(value)
         if name.endswith("rel_pos_embed.weight"):

@@ -288,7 +288,8 @@ class TapMaskDecoder(PreTrainedModel):
             [`TapMaskDecoderOutput`].
         """
         side, slots = image_embeddings.shape[-1], self.config.num_masks
-        image = image_embeddings.to(self.iou_token.dtype).flatten(2).transpose(1, 2)  # (B, L, D)
+        # Contiguous: sums with it would otherwise inherit its layout, and every LayerNorm copy them back.
+        image = image_embeddings.to(self.iou_token.dtype).flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
         learned = torch.cat([self.semantic_tokens, self.iou_token, self.mask_tokens])
         positions = torch.cat([learned.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)  # (N, T, D)
         mask = self._key_mask(attended, positions.dtype)

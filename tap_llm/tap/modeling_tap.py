@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 from .caption_decoder import TapCaptionDecoder
@@ -168,8 +169,10 @@ class TapModel(TapPreTrainedModel):
         """
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("give exactly one of pixel_values and image_embeddings")
-        vision = self.vision_encoder(pixel_values, return_dict=True, **kwargs) if pixel_values is not None else None
-        images = image_embeddings if vision is None else vision.last_hidden_state
+        vision = BaseModelOutput(last_hidden_state=image_embeddings)
+        if pixel_values is not None:
+            vision = self.vision_encoder(pixel_values, return_dict=True, **kwargs)
+        images = vision.last_hidden_state
         rows = check_rows(input_points, input_labels, region_image_index, len(images))
         decode = self._decode_in_chunks if self._wants_chunks(kwargs) else self._decode
         decoded = decode(images, *rows, **kwargs)
@@ -178,10 +181,10 @@ class TapModel(TapPreTrainedModel):
             iou_scores=decoded.iou_scores,
             semantic_tokens=decoded.semantic_tokens,
             semantic_embeds=decoded.semantic_embeds,
-            slots=route_slots(decoded.iou_scores, rows[1]),
+            slots=route_slots(decoded.iou_scores, rows[1]),  # type: ignore[arg-type]
             image_embeddings=images,
-            vision_hidden_states=vision.hidden_states if vision is not None else None,
-            vision_attentions=vision.attentions if vision is not None else None,
+            vision_hidden_states=vision.hidden_states,
+            vision_attentions=vision.attentions,
             mask_decoder_attentions=decoded.attentions,
         )
 
@@ -194,6 +197,9 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
         self.model = TapModel(config)
         self.caption_decoder = TapCaptionDecoder(config.text_config)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected: set[str] = (
+            set()
+        )  # TapModel's pattern must not hide caption tensors here
 
     def get_input_embeddings(self) -> nn.Module:
         """Token embeddings of the caption decoder."""
@@ -316,9 +322,10 @@ class TapForConditionalGeneration(TapPreTrainedModel, GenerationMixin):
             semantic_tokens = take_slots(outputs.semantic_tokens, outputs.slots)
         elif any(tensor is not None for tensor in tensors.values()):
             raise ValueError("give either semantic_tokens or images with prompts, not both")
-        if semantic_tokens.ndim != 2:
+        width = self.config.text_config.semantic_size
+        if semantic_tokens.shape[1:] != (width,):
             raise ValueError(
-                f"semantic_tokens must be (N, D), one routed token per region, got {tuple(semantic_tokens.shape)}"
+                f"semantic_tokens must be (N, {width}), one routed token per region, got {tuple(semantic_tokens.shape)}"
             )
         return self._generate_captions(semantic_tokens, self._caption_config(generation_config, kwargs), kwargs)
 

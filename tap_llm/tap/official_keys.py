@@ -6,7 +6,6 @@ neighbouring channels for positions. Ours see RGB and follow Transformers' layou
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -107,18 +106,6 @@ def official_name(name: str) -> str | None:
     return _official_name(_SPLIT.sub(r"\1qkv_proj\3", name))
 
 
-def relative_index(window: int) -> Tensor:
-    """Official `rel_pos_embed.index`: (window², window²) int64, place in the bias table per pair."""
-    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    rows, columns = (axis.flatten()[:, None] - axis.flatten()[None, :] + window - 1 for axis in (y, x))
-    return rows * (2 * window - 1) + columns
-
-
-def window_of(table: Tensor) -> int:
-    """Window side, in patches, of a bias table (heads, (2 * window - 1)²)."""
-    return (math.isqrt(table.shape[-1]) + 1) // 2
-
-
 def _to_halves(weight: Tensor, heads: int) -> Tensor:
     """Rotary channels of each head: neighbours (0, 1), (2, 3) … -> halves (0, d/2), (1, d/2 + 1) …"""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
@@ -163,6 +150,4 @@ __all__ = [
     "layout_to_official",
     "official_name",
     "our_name",
-    "relative_index",
-    "window_of",
 ]

@@ -191,7 +191,11 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> PreTraine
     folder = path.parent if path.name == "tokenizer.json" else path
     if not (folder / "tokenizer.json").is_file():
         return load_sentencepiece_tokenizer(path / TOKENIZER_FILE_NAME if path.is_dir() else path, vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged files surface as nearly any exception type
+        reason = " ".join(str(error).split())
+        raise InputError(f"the tokenizer {path} cannot be loaded: {reason}") from error
     _check_vocabulary(path, len(tokenizer), vocab_size)
     return tokenizer
 

@@ -24,6 +24,7 @@ from ..errors import InputError, MissingFileError
 
 _WRAPPERS = ("model", "state_dict")  # training scripts like to put the weights one level deeper
 _MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")
+_PICKLE_STARTS = b"\x80(}]c"  # protocol 2 and later; before that a mark, a dict, a list, or an object's class
 _PERSISTENT_IDS = ("PERSID", "BINPERSID")
 _LEGACY_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _WAY_OUT = "download the file again, or save the weights as .safetensors where you trust them"
@@ -173,6 +174,8 @@ def read_pickle(path: str | Path) -> Any:
     """
     path = _existing_file(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        if view[0] not in _PICKLE_STARTS:
+            raise InputError(f"{path} is no checkpoint: it starts with {view[:4]!r}, unlike any file of weights")
         try:
             _check_opcodes(view)
             view.seek(0)

@@ -82,6 +82,8 @@ class TapVisionAttention(nn.Module):
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         # Four dimensions on purpose: with three, the CPU falls back from its fused kernel to the slow one.
         bias = self.rel_pos_bias[:, relative_index][None]  # (1, heads, T, T)
+        if self.config._attn_implementation == "flex_attention":  # looks the bias up per window, without broadcasting
+            bias = bias.expand(len(hidden_states), -1, -1, -1)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self, query, key, value, None,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tap_llm.concepts import ConceptSpace
 from tap_llm.errors import InputError, MissingFileError
-from tap_llm.tap import TapConfig, TapForConditionalGeneration
+from tap_llm.tap import TapConfig, TapForConditionalGeneration, conversion
 from tap_llm.tap.conversion import (
     convert_checkpoint,
     export_official,
@@ -25,9 +25,10 @@ from tap_llm.tap.conversion import (
     model_from_official,
     save_official,
 )
-from tap_llm.tap.official_keys import REL_POS_INDEX, layout_from_official, our_name, relative_index
+from tap_llm.tap.official_keys import REL_POS_INDEX, layout_from_official, our_name
 from tap_llm.tap.processing_tap import TapProcessor
 from tap_llm.tap.unpickle import read_state_dict
+from tap_llm.tap.vision_encoder import relative_position_index
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 GOLDEN = SHARED / "goldens" / "tap_tiny"
@@ -87,7 +88,7 @@ def test_official_key_lists_map_one_to_one(size: str) -> None:
 
 def test_relative_index_is_the_published_formula(published_index: Callable[[int], np.ndarray]) -> None:
     for window in (1, 2, 4, 16):
-        np.testing.assert_array_equal(relative_index(window).numpy(), published_index(window))
+        np.testing.assert_array_equal(relative_position_index(window).numpy(), published_index(window))
 
 
 def test_patch_embedding_sees_the_same_colours(converted: Path, official_state: dict[str, Tensor]) -> None:
@@ -194,14 +195,18 @@ def test_released_files_have_half_weights_and_no_counters(official_state: dict[s
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_keeps_norms_and_frequencies(
+def test_half_precision_is_of_the_whole_model_but_the_frequencies(
     tmp_path: Path, dtype: str, official_arrays: dict[str, Any]
 ) -> None:
     convert_checkpoint(write(tmp_path / "w.pkl", official_arrays), tmp_path / "out", dtype=dtype)
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert stored["caption_decoder.lm_head.weight"].dtype == getattr(torch, dtype)
-    assert stored["model.vision_encoder.layers.0.layer_norm1.weight"].dtype == torch.float32
-    assert stored["model.prompt_encoder.coord_matrix"].dtype == torch.float32
+    dtypes = {name: value.dtype for name, value in stored.items() if value.is_floating_point()}
+    assert dtypes.pop("model.prompt_encoder.coord_matrix") == torch.float32
+    assert set(dtypes.values()) == {getattr(torch, dtype)}
+    model, _ = model_from_official(
+        {name: torch.from_numpy(value) for name, value in official_arrays.items()}, dtype=dtype
+    )
+    assert {name: value.dtype for name, value in model.state_dict().items()} == {n: v.dtype for n, v in stored.items()}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     with pytest.raises(InputError, match="unknown dtype 'int8'"):
         convert_checkpoint(tmp_path / "w.pkl", tmp_path / "other", dtype="int8")
@@ -384,3 +389,19 @@ def test_reference_concepts(golden: Path) -> None:
     np.testing.assert_allclose(probabilities.numpy(), text["concept_scaled_top5_score"], atol=1e-4)
     expected = [[space.names[i] for i in row] for row in text["concept_scaled_top5_index"]]
     assert names == expected
+
+
+def test_index_tables_are_compared_by_shape_first(
+    official_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(window: int) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(conversion, "relative_position_index", build)
+    without = {name: value for name, value in official_state.items() if not REL_POS_INDEX.fullmatch(name)}
+    assert model_from_official(without)[1].fits
+    table = "image_encoder.blocks.0.attn.rel_pos_embed.index"
+    with pytest.raises(InputError, match="not TAP's table of relative positions for windows of 2"):
+        model_from_official({**official_state, table: torch.zeros(9, 9, dtype=torch.long)})
+    with pytest.raises(AssertionError, match="built"):
+        model_from_official(official_state)

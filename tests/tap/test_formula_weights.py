@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tap_llm import ConceptSpace, TapConfig, TapForConditionalGeneration, TapOutput
 from tap_llm.tap.conversion import image_processor_from_official, model_from_official
-from tap_llm.tap.official_keys import layout_to_official, official_name, relative_index
+from tap_llm.tap.official_keys import layout_to_official, official_name
+from tap_llm.tap.vision_encoder import relative_position_index
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +73,7 @@ def formula_checkpoint() -> OrderedDict[str, Tensor]:
         counts = name.endswith("num_batches_tracked")
         state[name] = torch.tensor(0) if counts else formula_weight(name, shape)
         if name.endswith("rel_pos_embed.weight"):
-            state[name.replace(".weight", ".index")] = relative_index(16)
+            state[name.replace(".weight", ".index")] = relative_position_index(16)
     return state
 
 

@@ -258,3 +258,11 @@ def test_concept_file(tmp_path: Path) -> None:
     for other in ({"a": weights}, [weights], [["a"], weights], [1, 2]):
         with pytest.raises(InputError, match="not a concept file"):
             read_concept_file(write(tmp_path / "d.pkl", pickle.dumps(other)))
+
+
+def test_a_picture_is_no_checkpoint(tmp_path: Path) -> None:
+    for start in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"<html>"):
+        path = write(tmp_path / "tap.pkl", start + bytes(100))
+        with pytest.raises(InputError, match=r"tap\.pkl is no checkpoint: it starts with") as caught:
+            read_state_dict(path)
+        assert "persistent" not in str(caught.value)
