@@ -99,8 +99,9 @@ def describe(
 
     Example: tap-llm describe photo.jpg --box 40,30,300,280 --point '120,80 200,90,0' --out photo.png
     """
-    settings = {"points_per_side": tuple(points_per_side or [32]), "crop_layers": crop_layers}
-    if not everything and (points_per_side or crop_layers):
+    settings: dict[str, Any] = {"points_per_side": tuple(points_per_side)} if points_per_side else {}
+    settings |= {"crop_layers": crop_layers} if crop_layers else {}
+    if settings and not everything:
         raise InputError("--points-per-side and --crop-layers go with --everything")
     regions = _regions(ctx.meta["regions"], {"box": box or [], "point": point or [], "mask": mask or []})
     _check_choice(regions, everything)
@@ -109,7 +110,7 @@ def describe(
     pipe = _load_pipeline(model, tokenizer, concepts, device, dtype)
     if captions and not pipe.can_caption:
         _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
-    options = {"everything": settings, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
+    options = {"everything": settings or True, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
     results = pipe(picture, captions=captions and pipe.can_caption, top_k=top_k, **options)
     print(_to_json(results) if as_json else _table(results, _terminal_width()))
     if target is not None:
@@ -189,7 +190,7 @@ def _picture_path(image: Path, out: Path | None, as_json: bool) -> Path | None:
     """Where the picture goes, checked before any work; None for JSON without --out."""
     if out is None and as_json:
         return None
-    target = out if out is not None else image.with_name(f"{image.stem}.tap.png")
+    target = out if out is not None else image.parent / f"{image.stem}.tap.png"
     if target.suffix.lower() not in PICTURE_FORMATS:
         raise InputError(f"--out {target}: unknown picture format; use one of {', '.join(PICTURE_FORMATS)}")
     folder = target.parent
@@ -216,8 +217,11 @@ def _check_inputs(image: Path, regions: list[dict[str, Any]]) -> Any:
 
 def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, device: str | None, dtype: str) -> Any:
     _quiet()
+    from .hub import OFFICIAL_MODELS
     from .pipelines import RegionPipeline
 
+    if model in OFFICIAL_MODELS:
+        _note(f"looking for {model}; the first use downloads and converts it")
     pipe = RegionPipeline.from_pretrained(model, tokenizer, concepts, device, dtype)
     if getattr(pipe.model.config, "provisional", False):
         _note(f"{model} is provisional: a small model for trying things out, not for its accuracy")
@@ -228,8 +232,10 @@ def _quiet() -> None:
     """Silence what libraries say while loading; our own notes remain."""
     import warnings
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore")

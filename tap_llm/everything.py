@@ -77,8 +77,14 @@ class EverythingConfig:
         return tuple(given) if isinstance(given, list | tuple) else (given,)
 
     @classmethod
-    def from_options(cls, options: bool | Mapping[str, Any] | EverythingConfig) -> EverythingConfig:
+    def from_options(
+        cls, options: bool | Mapping[str, Any] | EverythingConfig, defaults: Mapping[str, Any] | None = None
+    ) -> EverythingConfig:
         """`True` (defaults), a mapping of fields, or a config as it is.
+
+        Args:
+            options: the settings.
+            defaults: fields that a model recommends (`everything` in its config.json); options win.
 
         Raises:
             InputError: unknown field, or a value of another type or out of range.
@@ -87,7 +93,7 @@ class EverythingConfig:
             return options
         if options is not True and not isinstance(options, Mapping):
             raise InputError(f"everything must be True, a dict of settings or an EverythingConfig, got {options!r}")
-        values = {} if options is True else dict(options)
+        values = {**(defaults or {}), **({} if options is True else options)}
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

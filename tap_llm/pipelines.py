@@ -253,7 +253,8 @@ class RegionPipeline(Pipeline):
         image, regions = input_
         picture = image if isinstance(image, EncodedImage) else load_image(image)
         if everything is not False:
-            return _Job(picture, [], everything=EverythingConfig.from_options(everything))
+            recommended = getattr(self.model.config, "everything", None)
+            return _Job(picture, [], everything=EverythingConfig.from_options(everything, recommended))
         job = _Job(picture, regions)
         job.rows = prompt_rows(self.processor, regions, job.size, mask_prompt)
         return job

@@ -233,6 +233,11 @@ def test_bad_pictures(tmp_path, folder, capsys):
     assert files(tmp_path) == {"text.jpg"}
 
 
+def test_a_folder_is_no_picture(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "folder" in assert_fails(capsys, describe(Path("."), *BOX, model=folder))
+
+
 def test_the_picture_itself_is_never_overwritten(photo, folder, capsys):
     before = photo.read_bytes()
     assert "overwrite" in assert_fails(capsys, describe(photo, *BOX, "--out", photo, model=folder))

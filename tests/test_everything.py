@@ -245,6 +245,9 @@ def test_settings_are_checked(options, message):
 def test_settings_come_in_three_forms():
     assert EverythingConfig.from_options(True) == EverythingConfig()
     assert EverythingConfig.from_options({"min_area": 5}).min_area == 5
+    recommended = {"min_area": 7, "pred_iou_threshold": 0.5}
+    mixed = EverythingConfig.from_options({"min_area": 5}, recommended)
+    assert (mixed.min_area, mixed.pred_iou_threshold) == (5, 0.5)
     config = EverythingConfig(points_per_side=2)
     assert EverythingConfig.from_options(config) is config
 
