@@ -223,7 +223,7 @@ def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, devi
     if model in OFFICIAL_MODELS:
         _note(f"looking for {model}; the first use downloads and converts it")
     pipe = RegionPipeline.from_pretrained(model, tokenizer, concepts, device, dtype)
-    if getattr(pipe.model.config, "provisional", False):
+    if pipe.model.config.provisional:
         _note(f"{model} is provisional: a small model for trying things out, not for its accuracy")
     return pipe
 

@@ -253,7 +253,7 @@ class RegionPipeline(Pipeline):
         image, regions = input_
         picture = image if isinstance(image, EncodedImage) else load_image(image)
         if everything is not False:
-            recommended = getattr(self.model.config, "everything", None)
+            recommended = self.model.config.everything
             return _Job(picture, [], everything=EverythingConfig.from_options(everything, recommended))
         job = _Job(picture, regions)
         job.rows = prompt_rows(self.processor, regions, job.size, mask_prompt)

@@ -54,7 +54,7 @@ def folder(bare_folder, tmp_path_factory):
         pad_token="<pad>",
     )
     model = TapForConditionalGeneration.from_pretrained(bare_folder)
-    del model.config.provisional
+    model.config.provisional = False
     processor = TapProcessor(TapImageProcessor(size={"longest_edge": 256}), tokenizer)
     weights = 30 * torch.randn(128, 3, generator=torch.manual_seed(1))
     path = str(tmp_path_factory.mktemp("models") / "full")

@@ -257,6 +257,8 @@ class TapConfig(PreTrainedConfig):
         prompt_config: a [`TapPromptConfig`] or a dict.
         mask_decoder_config: a [`TapMaskDecoderConfig`] or a dict.
         text_config: a [`TapTextConfig`] or a dict.
+        everything: settings of everything mode that suit the weights (fields of `EverythingConfig`).
+        provisional: the weights are for trying things out; the command line says so.
         initializer_range: standard deviation of initial weights.
     """
 
@@ -272,6 +274,8 @@ class TapConfig(PreTrainedConfig):
     prompt_config: SubConfig = None
     mask_decoder_config: SubConfig = None
     text_config: SubConfig = None
+    everything: dict[str, Any] | None = None
+    provisional: bool = False
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 

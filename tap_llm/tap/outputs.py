@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .prompt_encoder import LABEL_TOP_LEFT
+from ..regions import TOP_LEFT
 
 
 @dataclass
@@ -50,7 +50,7 @@ def route_slots(iou_scores: Tensor, input_labels: Tensor) -> Tensor:
     Returns:
         (N,) int64.
     """
-    is_box = (input_labels[:, 0] == LABEL_TOP_LEFT).to(iou_scores.device)
+    is_box = (input_labels[:, 0] == TOP_LEFT).to(iou_scores.device)
     return torch.where(is_box, 0, 1 + iou_scores[:, 1:].argmax(dim=-1))
 
 

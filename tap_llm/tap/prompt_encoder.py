@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..regions import BOTTOM_RIGHT, PAD, TOP_LEFT
 from .configuration_tap import TapPromptConfig
-
-LABEL_BACKGROUND, LABEL_FOREGROUND, LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT, LABEL_PAD = range(5)
 
 
 def attended_points(input_labels: Tensor) -> Tensor:
@@ -25,8 +24,8 @@ def attended_points(input_labels: Tensor) -> Tensor:
     Returns:
         (N, n) bool.
     """
-    is_pad = input_labels == LABEL_PAD
-    has_box = ((input_labels == LABEL_TOP_LEFT) | (input_labels == LABEL_BOTTOM_RIGHT)).any(dim=-1, keepdim=True)
+    is_pad = input_labels == PAD
+    has_box = ((input_labels == TOP_LEFT) | (input_labels == BOTTOM_RIGHT)).any(dim=-1, keepdim=True)
     is_first_pad = is_pad & (is_pad.cumsum(dim=-1) == 1)
     return ~is_pad | (is_first_pad & ~has_box)
 
@@ -74,7 +73,7 @@ class TapPromptEncoder(nn.Module):
             (N, n, D) prompt tokens.
         """
         coordinates = ((input_points.float() + 0.5) / self.config.image_size).clamp(0, 1)
-        features = self.fourier_features(coordinates) * (input_labels != LABEL_PAD).unsqueeze(-1)
+        features = self.fourier_features(coordinates) * (input_labels != PAD).unsqueeze(-1)
         embedded = self.point_embed(input_labels)
         return features.to(embedded.dtype) + embedded
 
