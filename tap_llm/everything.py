@@ -1,10 +1,11 @@
 """Everything mode: find all regions of a picture from a grid of points.
 
 Each grid point prompts TAP once and yields three candidates (slots 1 to 3, from part to whole). They are filtered
-by predicted IoU, stability and crop borders at low resolution; only the survivors of box suppression are brought
-to the size of the picture, and exact mask suppression removes what is left of duplicates. The recipe is that of
-SAM's automatic masks (arXiv:2304.02643, appendix B) on TAP's slots (arXiv:2312.09128). A survivor keeps the
-semantic token and embedding of its own slot, so names and captions need no second pass.
+by predicted IoU, stability, their own point (a mask must cover it) and crop borders at low resolution; only the
+survivors of box suppression are brought to the size of the picture, and exact mask suppression removes what is left
+of duplicates. The recipe is that of SAM's automatic masks (arXiv:2304.02643, appendix B) on TAP's slots
+(arXiv:2312.09128). A survivor keeps the semantic token and embedding of its own slot, so names and captions need no
+second pass.
 
 Memory: prompts go in batches, and masks of the picture are tight crops. Until box suppression, the good candidates
 of a crop are held on the CPU at low resolution in float16: at most 3 per grid point, (4G)^2 cells of 2 bytes each, so
@@ -214,6 +215,21 @@ def stability_scores(logits: Tensor, offset: float) -> Tensor:
     return inner / outer.clamp(min=1)
 
 
+def holds_point(logits: Tensor, points: Tensor, side: int) -> Tensor:
+    """Whether a mask covers the point that asked for it; one that does not answers something else.
+
+    Args:
+        logits: (N, h, h).
+        points: (N, 2) x, y in canvas pixels.
+        side: of the canvas, in pixels.
+
+    Returns:
+        (N,) bool.
+    """
+    cells = ((points + 0.5) * (logits.shape[-1] / side)).long().clamp(0, logits.shape[-1] - 1)
+    return logits[torch.arange(len(logits), device=logits.device), cells[:, 1], cells[:, 0]] > 0
+
+
 def touches_crop_edge(boxes: FloatArray, crop: Box, height: int, width: int) -> BoolArray:
     """(N,) whether boxes (N, 4) in pixels of a crop reach a border of it that is not one of the picture."""
     x0, y0, x1, y1 = crop
@@ -285,18 +301,19 @@ def _candidates(
     regions = [{"points": [point]} for point in points.tolist()]
     rows, labels = (rows.to(model.device) for rows in prompt_rows(processor, regions, encoded.original_size))
     out = model(input_points=rows, input_labels=labels, image_embeddings=encoded.image_embeddings)
+    slots = _POINT_SLOTS.stop - _POINT_SLOTS.start
     scores = out.iou_scores[:, _POINT_SLOTS].flatten()
     picked = torch.nonzero(scores >= config.pred_iou_threshold).flatten()
     logits = out.pred_masks[:, _POINT_SLOTS].flatten(0, 1)[picked].float()
     visible = _without_padding(processor, logits, encoded)
     stable = stability_scores(visible, config.stability_offset) >= config.stability_threshold
-    stable &= (visible > 0).any(dim=2).any(dim=1)
+    stable &= holds_point(logits, rows[picked // slots, 0], canvas_side(processor.image_processor))
     picked, logits, visible = picked[stable], logits[stable], visible[stable]
     tokens, embeds = (
         per_slot[:, _POINT_SLOTS].flatten(0, 1)[picked].cpu() for per_slot in (out.semantic_tokens, out.semantic_embeds)
     )
     return _Candidates(
-        points=torch.from_numpy(points)[picked.cpu() // (_POINT_SLOTS.stop - _POINT_SLOTS.start)],
+        points=torch.from_numpy(points)[picked.cpu() // slots],
         logits=logits.clamp(-3e4, 3e4).half().cpu(),  # half the memory; the zero crossing moves by under 0.1%
         boxes=cell_boxes(visible).double() * _pixels_per_cell(processor, logits, encoded),
         scores=scores[picked].float().cpu(),

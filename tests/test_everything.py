@@ -15,6 +15,7 @@ from tap_llm.everything import (
     EverythingConfig,
     _layer_grid,
     crop_boxes,
+    holds_point,
     point_grid,
     segment_everything,
     stability_scores,
@@ -274,7 +275,9 @@ def test_exact_suppression_looks_inside_boxes(processor):
         def __call__(self, **inputs):
             out = super().__call__(**inputs)
             upper = torch.ones(32, 32).triu()
-            shapes = torch.stack([upper, upper.T, upper, upper.triu(2)]) * 20 - 10
+            near = upper.triu(2)
+            near[16, 16] = 1  # the point
+            shapes = torch.stack([upper, upper.T, upper, near]) * 20 - 10
             out.pred_masks = shapes.repeat(len(out.iou_scores), 1, 1, 1)
             return out
 
@@ -283,6 +286,13 @@ def test_exact_suppression_looks_inside_boxes(processor):
     assert found.semantic_tokens[:, 0].tolist() == [3.0, 1.0]  # slot 2 is near slot 3; slot 1 is the other triangle
     nothing_dropped = EverythingConfig(**config, mask_nms_threshold=1)
     assert len(segment_everything(Triangles(), processor, Image.new("RGB", (128, 128)), nothing_dropped).masks) == 3
+
+
+def test_a_mask_must_cover_its_own_point() -> None:
+    logits = torch.full((2, 4, 4), -1.0)
+    logits[:, 3, 1] = 1.0  # row 3, column 1
+    points = torch.tensor([[5.0, 15.0], [15.0, 5.0]])
+    assert holds_point(logits, points, side=16).tolist() == [True, False]
 
 
 def test_several_grid_densities_are_joined() -> None:
