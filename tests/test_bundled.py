@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tap_llm import RegionPipeline
+from tap_llm import RegionPipeline, TapConfig, TapForConditionalGeneration
 from tap_llm.hub import ASSETS
 from tap_llm.images import load_image
 
@@ -30,6 +31,14 @@ def test_it_is_small_and_has_a_card() -> None:
     folder = ASSETS / "tap-tiny"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
     assert "Measured quality" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_has_the_size_that_from_variant_names(pipe: RegionPipeline) -> None:
+    with torch.device("meta"):
+        same = TapForConditionalGeneration(TapConfig.from_variant("tiny"))
+    assert {k: v.shape for k, v in same.state_dict().items()} == {
+        k: v.shape for k, v in pipe.model.state_dict().items()
+    }
 
 
 def test_it_names_the_shapes_of_the_example_picture(pipe: RegionPipeline) -> None:

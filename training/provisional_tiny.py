@@ -190,14 +190,11 @@ def build(run_dir: Path) -> tuple[TapForConditionalGeneration, TapProcessor, Con
     init = {"initializer_range": 0.05}  # PyTorch's own scale at these widths; with 0.02 masks start later
     config = TapConfig.from_variant(
         "tiny",
-        vision_config={"mlp_ratio": 2.0, **init},
+        vision_config=init,
         prompt_config=init,
         mask_decoder_config={"dropout": 0.0, **init},
-        text_config={
-            "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "dropout": 0.0, "attention_dropout": 0.0, **init,
-        },
-    )  # fmt: skip
+        text_config={"vocab_size": VOCABULARY, "dropout": 0.0, "attention_dropout": 0.0, **init},
+    )
     config.provisional = True
     config.everything = {"pred_iou_threshold": 0.6, "stability_threshold": 0.8}  # its scores are modest
     processor = TapProcessor(TapImageProcessor(size={"longest_edge": SIDE}), tokenizer)
@@ -342,7 +339,7 @@ A very small TAP model ("Tokenize Anything via Prompting", arXiv:2312.09128) tha
 examples and tests run offline. **It is provisional: a better one replaces it.** It knows drawn shapes and
 nothing else; on photos its masks are rough and its names and captions are meaningless.
 
-- Size: {parameters:.2f} M parameters, float32; canvas {side} x {side} pixels.
+- Size: {parameters:.2f} M parameters, stored in half precision, loaded in float32; canvas {side} x {side} pixels.
 - Names: {names}.
 - Captions: colour, shape, often size and texture ("a small striped red star").
 - Data: scenes drawn by `training/provisional_shapes.py`; no photos, no third-party data. Licence: Apache-2.0.

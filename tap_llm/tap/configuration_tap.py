@@ -233,7 +233,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "vision_config": {
             "image_size": 256, "window_size": 8, "hidden_size": 192, "num_hidden_layers": 4,
-            "num_attention_heads": 3, "output_channels": 128,
+            "num_attention_heads": 3, "mlp_ratio": 2.0, "output_channels": 128,
         },
         "prompt_config": {"hidden_size": 128, "image_size": 256},
         "mask_decoder_config": {
@@ -242,7 +242,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "text_config": {
             "vocab_size": 512, "semantic_size": 128, "hidden_size": 128, "intermediate_size": 512,
-            "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_hidden_layers": 2, "num_attention_heads": 2,
         },
     },
 }  # fmt: skip

@@ -35,7 +35,9 @@ def shared_model() -> TapForConditionalGeneration:
     """Random weights that end captions early now and then; not to be changed."""
     text = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    model = TapForConditionalGeneration(TapConfig.from_variant("tiny", text_config=text)).eval()
+    model = TapForConditionalGeneration(
+        TapConfig.from_variant("tiny", vision_config={"mlp_ratio": 4.0}, text_config=text)
+    ).eval()
     with torch.no_grad():
         for parameter in model.caption_decoder.parameters():
             if parameter.ndim == 2:
