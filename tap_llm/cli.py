@@ -1,7 +1,7 @@
 """Command line: `tap-llm`, the same as `python -m tap_llm.cli`.
 
 Exit status 0 on success, 2 on bad input (one message on stderr), 130 on Ctrl-C. Results go to stdout, everything
-else to stderr. Arguments are checked before a model is loaded.
+else to stderr. Picture, regions and output are checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def describe(
     everything: Annotated[bool, typer.Option("--everything", help="Find all regions instead.")] = False,
     points_per_side: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help="--everything: grid of N x N points. Repeatable. [default: 32]"),
+        typer.Option(metavar="N", min=1, help="--everything: grid of N x N points. Repeatable. [default: 32]"),
     ] = None,
     crop_layers: Annotated[
-        int, typer.Option(metavar="N", help="--everything: also search N layers of crops, for small objects.")
+        int,
+        typer.Option(metavar="N", min=0, max=4, help="--everything: also search N layers of crops, for small objects."),
     ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON only, masks as COCO RLE; a picture only with --out.")

@@ -114,6 +114,7 @@ class ConceptSpace:
         Raises:
             InputError: the embeddings have another width or are not finite, or `top_k` is not in 1..K.
         """
+        semantic_embeds = torch.as_tensor(semantic_embeds)
         if not torch.isfinite(semantic_embeds).all():
             raise InputError(
                 "the semantic embeddings contain NaN or infinite values: damaged weights, or too large for float16; "

@@ -9,6 +9,7 @@ For clicking, `encoded = pipe.encode("photo.jpg")` runs the image encoder once: 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ TASK = "region-understanding"
 DEFAULT_MODEL = "tap-tiny"
 
 Result = dict[str, Any]
+
+_SEVERAL_ANSWERS = {"num_return_sequences", "return_dict_in_generate"}
 
 
 @dataclass
@@ -105,7 +108,7 @@ class RegionPipeline(Pipeline):
         self._forward_params.update(self._sanitize_parameters(batch_size=batch_size)[1])
         self.model.eval()
         self.concepts = load_concepts(concepts, model.name_or_path or "")
-        self._warned = False
+        self._warnings: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -144,6 +147,8 @@ class RegionPipeline(Pipeline):
     @concepts.setter
     def concepts(self, space: ConceptSpace | None) -> None:
         decoder: Any = self.model.config.mask_decoder_config
+        if space is not None and not isinstance(space, ConceptSpace):
+            raise InputError(f"concepts must be a ConceptSpace, got {space!r}; see ConceptSpace.from_pretrained")
         if space is not None:
             space.check_width(decoder.semantic_embed_dim)
         self._concepts = space
@@ -173,7 +178,7 @@ class RegionPipeline(Pipeline):
             regions: region dicts; for a list of pictures one list per picture (ragged, may be empty).
             everything: True, or settings (`EverythingConfig` or a dict of its fields): find all regions instead.
             captions: by default where the model can; True is an error where it cannot, False leaves them out.
-            top_k: above 1 each result also has "concepts", a list of [name, score].
+            top_k: above 1 each result also has "concepts", a list of [name, score]; at most all names.
             max_new_tokens: longest caption in tokens.
             generate_kwargs: further options of `generate`, such as `num_beams`.
             batch_size: regions decoded at once, 64 by default; bounds memory.
@@ -191,6 +196,8 @@ class RegionPipeline(Pipeline):
             InputError: a picture, a region or an option that cannot be used.
             MissingFileError: captions asked for, but the model has no tokenizer.
         """
+        for name in options.keys() - inspect.signature(self._sanitize_parameters).parameters.keys():
+            raise InputError(f"unknown option {name!r}; options of generate go into generate_kwargs={{...}}")
         stages = self._sanitize_parameters(**options)
         before, during, after = (
             {**defaults, **given}
@@ -205,14 +212,20 @@ class RegionPipeline(Pipeline):
         if not self.can_caption:
             if during.get("captions"):
                 raise MissingFileError(NO_TOKENIZER_MESSAGE)
-            if during.get("captions") is None and not self._warned:
-                warnings.warn(f"captions stay empty: {NO_TOKENIZER_MESSAGE}", stacklevel=2)
-                self._warned = True
+            if during.get("captions") is None:
+                self._warn_once(f"captions stay empty: {NO_TOKENIZER_MESSAGE}")
+        if self.concepts is None:
+            self._warn_once("names stay empty: the model's folder has no concept space; assign one to pipe.concepts")
         lists = [[] for _ in images] if regions is None else normalize_region_lists(regions, len(images))
         if not isinstance(image, list | tuple):
             return self.run_single((image, lists[0]), before, during, after)
         pairs = enumerate(zip(images, lists, strict=True))
         return [self._run_listed(index, pair, before, during, after) for index, pair in pairs]
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            warnings.warn(message, stacklevel=3)
+            self._warnings.add(message)
 
     def _run_listed(self, index: int, pair: tuple[Any, Sequence[Region]], *stages: dict[str, Any]) -> list[Result]:
         """One picture of a list: errors say which."""
@@ -238,6 +251,8 @@ class RegionPipeline(Pipeline):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not isinstance(generate_kwargs, Mapping | None):
             raise InputError(f"generate_kwargs must be a dict of options of generate, got {generate_kwargs!r}")
+        for name in _SEVERAL_ANSWERS & (generate_kwargs or {}).keys():
+            raise InputError(f"generate_kwargs: {name} is for model.generate; here each region gets one caption")
         generate = {**(generate_kwargs or {}), **_given(max_new_tokens=max_new_tokens)}
         before = _given(everything=everything, mask_prompt=mask_prompt)
         during = _given(captions=captions, batch_size=batch_size, progress=progress)

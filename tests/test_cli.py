@@ -176,7 +176,7 @@ def test_everything_settings(photo, folder, capsys):
     capsys.readouterr()
     assert "go with --everything" in assert_fails(capsys, describe(photo, *BOX, *grids, model=folder))
     status = describe(photo, "--everything", "--points-per-side", "0", model=folder)
-    assert "points_per_side must be at least 1" in assert_fails(capsys, status)
+    assert "points-per-side" in assert_fails(capsys, status)
 
 
 def test_a_bare_provisional_model_says_what_it_lacks(photo, bare_folder, capsys):

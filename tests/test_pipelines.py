@@ -482,3 +482,19 @@ def test_a_model_that_answers_nan_is_an_error(pipe, part):
         getattr(pipe.model.model.mask_decoder, part).layers[2].bias.fill_(torch.nan)
     with pytest.raises(InputError, match="NaN"):
         pipe(photo(), REGIONS, captions=False)
+
+
+@pytest.mark.parametrize("name", ["num_return_sequences", "return_dict_in_generate"])
+def test_each_region_gets_one_caption(pipe, name):
+    with pytest.raises(InputError, match=f"{name} is for model.generate"):
+        pipe(photo(), regions=[{"box": [1, 1, 20, 20]}], generate_kwargs={name: 2})
+
+
+def test_unknown_options_point_to_generate_kwargs(pipe):
+    with pytest.raises(InputError, match="unknown option 'num_beams'; options of generate go into generate_kwargs"):
+        pipe(photo(), regions=[{"box": [1, 1, 20, 20]}], num_beams=3)
+
+
+def test_concepts_must_be_a_space(pipe):
+    with pytest.raises(InputError, match="ConceptSpace.from_pretrained"):
+        pipe.concepts = "coco"

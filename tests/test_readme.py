@@ -45,6 +45,12 @@ def test_there_are_commands_and_scripts() -> None:
     assert all(command.startswith(("tap-llm", *NOT_HERE)) for command in COMMANDS)
 
 
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("tap-llm") and ".pkl" not in c])
 def test_commands(clone: Path, command: str) -> None:
     done = run(command)

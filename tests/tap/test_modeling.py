@@ -19,7 +19,7 @@ from tap_llm.tap import modeling_tap
 from tap_llm.tap.layers import eager_attention_forward, few_keys_attention, prefers_few_keys
 from tap_llm.tap.outputs import route_slots, take_slots
 from tap_llm.tap.prompt_encoder import attended_points
-from tap_llm.tap.vision_encoder import relative_position_index
+from tap_llm.tap.vision_encoder import TapVisionEncoder, relative_position_index
 
 FIELDS = ("pred_masks", "iou_scores", "semantic_tokens", "semantic_embeds", "slots")
 SIDE, GRID, WIDTH, CONCEPTS, VOCABULARY = 128, 16, 32, 12, 50
@@ -139,6 +139,19 @@ def train_step(model: nn.Module, pixels: Tensor, seed: int = 0) -> tuple[Tensor,
 
 
 # Regions
+
+
+def test_windows_in_chunks_give_the_same_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    encoder = TapVisionEncoder(TapConfig.from_variant("tiny").vision_config).eval()
+    pixels = torch.randn(2, 3, 256, 256)
+    with torch.no_grad():
+        whole = encoder(pixels).last_hidden_state
+        monkeypatch.setattr("tap_llm.tap.vision_encoder.CPU_CHUNK_BYTES", 3 * 64 * 384 * 4)  # three windows
+        calls: list[int] = []
+        encoder.layers[0].attention.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
+        torch.testing.assert_close(encoder(pixels).last_hidden_state, whole, rtol=0, atol=1e-5)
+    assert calls == [3, 3, 2]
 
 
 def test_shapes(shared_model: TapForConditionalGeneration, pixels: Tensor) -> None:
