@@ -331,7 +331,7 @@ def test_errors_in_a_list_say_which_picture(pipe):
 
 
 def test_unknown_options_are_refused(pipe):
-    with pytest.raises(TypeError, match="capions"):
+    with pytest.raises(InputError, match="unknown option .capions."):
         pipe(photo(), REGIONS, capions=False)
 
 
