@@ -7,7 +7,6 @@ else to stderr. Picture, regions and output are checked before a model is loaded
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -19,9 +18,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from .cli_data import app as data_app
+from .cli_picture import check_target, save_picture
+from .cli_scene import scene
 from .errors import InputError
 
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
 REGION_OPTIONS = ("box", "point", "mask")
 _CAPTION_WIDTH = 20  # least columns for captions; narrower terminals get longer lines
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data_app, name="data")
 
 
 class _OrderedCommand(TyperCommand):
@@ -117,8 +119,11 @@ def describe(
     if target is not None:
         from .visualize import draw_regions
 
-        _save_picture(draw_regions(picture, results), target)
+        save_picture(draw_regions(picture, results), target)
         _note(f"picture: {target}")
+
+
+app.command()(scene)
 
 
 @app.command()
@@ -192,15 +197,7 @@ def _picture_path(image: Path, out: Path | None, as_json: bool) -> Path | None:
     if out is None and as_json:
         return None
     target = out if out is not None else image.parent / f"{image.stem}.tap.png"
-    if target.suffix.lower() not in PICTURE_FORMATS:
-        raise InputError(f"--out {target}: unknown picture format; use one of {', '.join(PICTURE_FORMATS)}")
-    folder = target.parent
-    if out is not None and not folder.is_dir():
-        raise InputError(f"--out {target}: there is no folder {folder}; create it first")
-    if folder.is_dir() and not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {target}: no permission for {folder}; choose another place with --out")
-    if target.is_dir():
-        raise InputError(f"--out {target} is a folder; give the name of a picture in it")
+    check_target(target, f"--out {target}", given=out is not None)
     if target.exists() and image.exists() and target.samefile(image):
         raise InputError(f"--out {target} would overwrite the picture itself; choose another name")
     return target
@@ -289,20 +286,6 @@ def _row_lines(row: list[list[str]], widths: list[int], room: int | None) -> lis
 def _terminal_width() -> int | None:
     """Columns of the terminal; None where the output goes elsewhere, which nothing should cut."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _save_picture(picture: Any, target: Path) -> None:
-    """Write beside the target and rename: a picture appears only when it is complete."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as stream:
-            picture.save(stream, format=PICTURE_FORMATS[target.suffix.lower()])
-        os.replace(part, target)
-    except (OSError, ValueError) as error:  # the system's, or Pillow's where the format has no room for such a size
-        reason = f"{picture.width}x{picture.height} pixels: {error}"
-        raise InputError(f"cannot write the picture {target} ({reason}); choose another --out") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _note(message: str) -> None:

@@ -232,8 +232,8 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "vit_h": {"vision_config": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}},
     "tiny": {
         "vision_config": {
-            "image_size": 256, "window_size": 8, "hidden_size": 192, "num_hidden_layers": 4,
-            "num_attention_heads": 3, "mlp_ratio": 2.0, "output_channels": 128,
+            "image_size": 256, "window_size": 8, "hidden_size": 256, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "mlp_ratio": 2.0, "output_channels": 128,
         },
         "prompt_config": {"hidden_size": 128, "image_size": 256},
         "mask_decoder_config": {
@@ -241,7 +241,7 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "semantic_hidden_size": 256, "semantic_embed_dim": 128,
         },
         "text_config": {
-            "vocab_size": 512, "semantic_size": 128, "hidden_size": 128, "intermediate_size": 512,
+            "vocab_size": 1024, "semantic_size": 128, "hidden_size": 128, "intermediate_size": 512,
             "num_hidden_layers": 2, "num_attention_heads": 2,
         },
     },

@@ -1,0 +1,229 @@
+"""TAP with the losses of its pre-training: masks, scores and concepts over two prompts (arXiv:2312.09128, section 3).
+
+Symbols: B images, N regions, S = 4 slots, K concepts, C colour words, G = side of the image embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tap_llm.concepts import ConceptSpace
+from tap_llm.data.colours import COLOUR_WORDS
+from tap_llm.tap.modeling_tap import TapModel
+from tap_llm.tap.outputs import TapOutput, take_slots
+
+from .losses import IGNORED_NAME, concept_kl, mask_loss, name_kl, training_slots, true_iou
+from .prompts import Prompts, PromptSampler
+
+Sums = dict[str, Tensor]
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class PromptConfig:
+    """The two-stage prompt sampler."""
+
+    box_probability: float = 0.5
+    """Share of regions that start from their box; the others start from a point."""
+    interactive_probability: float = 0.5
+    """Share of regions whose second prompt looks at the first answer."""
+    error_region: bool = True
+    """Put the points of the second prompt where the first mask was wrong; off for the ablation."""
+    stages: int = 2
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses; 0 leaves one out."""
+
+    mask: float = 1.0
+    """0 leaves the region decoder alone: the image encoder then learns names and colours from its cells."""
+    pixel: str = "focal"
+    """`focal` (as TAP), `bce`, or `soft` (against the share of each cell that is covered: finer edges)."""
+    iou: float = 1.0
+    concept: float = 1.0
+    smoothing: float = 0.1
+    """Of a name's distribution over the concepts."""
+    all_slots: bool = False
+    """Judge score and concept in every slot that may answer the prompt, not only in the best one."""
+    colour: float = 0.0
+    """Colours read off the semantic token by a linear layer that is thrown away."""
+    cell_name: float = 0.0
+    """Names read off the cells of the image embedding by a linear layer that is thrown away."""
+    cell_colour: float = 0.0
+
+
+class RegionObjective(nn.Module):
+    """TAP with its losses, as sums over rows.
+
+    Args:
+        model: TAP without the caption decoder.
+        concepts: the space that names are read against.
+        learn_concepts: train the directions of its weights; their lengths stay. For names without a text encoder.
+        prompts: settings of the prompt sampler.
+        loss: weights of the losses.
+    """
+
+    concept_scale: Tensor
+
+    def __init__(
+        self, model: TapModel, concepts: ConceptSpace, learn_concepts: bool, prompts: PromptConfig, loss: LossConfig
+    ) -> None:
+        super().__init__()
+        decoder = model.config.mask_decoder_config
+        self.model, self.loss, self.stages = model, loss, prompts.stages
+        self.concept_weights = nn.Parameter(concepts.weights.clone(), requires_grad=learn_concepts)
+        self.register_buffer("concept_scale", concepts.weights.norm(dim=0))
+        self.sampler = PromptSampler(
+            model.config.vision_config.image_size,
+            prompts.box_probability,
+            interactive_probability=prompts.interactive_probability,
+            error_region=prompts.error_region,
+        )
+        self.colour_head = nn.Linear(decoder.hidden_size, len(COLOUR_WORDS))
+        self.cell_name_head = nn.Linear(decoder.hidden_size, decoder.semantic_embed_dim)
+        self.cell_colour_head = nn.Linear(decoder.hidden_size, len(COLOUR_WORDS))
+        regions = ("mask", "iou", "concept", "colour") if loss.mask else ()
+        self.weights = {key: getattr(loss, key) for key in (*regions, "cell_name", "cell_colour") if getattr(loss, key)}
+        self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """Parts without a loss must not wait for gradients."""
+        heads = {"colour": self.colour_head, "cell_name": self.cell_name_head, "cell_colour": self.cell_colour_head}
+        for key, head in heads.items():
+            head.requires_grad_(key in self.weights)
+        if not self.loss.mask:
+            self.model.mask_decoder.requires_grad_(False)
+            self.model.prompt_encoder.requires_grad_(False)
+
+    def concepts(self) -> Tensor:
+        """(E, K) weights of the concept space as they are now."""
+        return F.normalize(self.concept_weights.float(), dim=0) * self.concept_scale
+
+    def concept_logits(self, embeds: Tensor) -> Tensor:
+        """(..., E) -> (..., K) float32."""
+        with torch.autocast(embeds.device.type, dtype=torch.bfloat16, enabled=embeds.device.type == "cpu"):
+            return (F.normalize(embeds.float(), dim=-1) @ self.concepts()).float()
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Rows behind each loss: regions in both stages, and those with a name or a colour."""
+        coloured = ~batch["colours"].isnan().any(1)
+        regions = {
+            "mask": len(batch["names"]),
+            "iou": len(batch["names"]),
+            "concept": int(self._taught(batch).sum()),
+            "colour": int(coloured.sum()),
+        }
+        cells = {key: int((batch[f"{key}s"] != IGNORED_NAME).sum()) for key in ("cell_name", "cell_colour")}
+        counts = {key: float(self.stages * value) for key, value in regions.items()} | cells
+        return {key: counts[key] for key in self.weights}
+
+    @staticmethod
+    def _taught(batch: dict[str, Tensor]) -> Tensor:
+        """(N,) which regions have a concept target: a teacher's embedding, or a name."""
+        named = batch["names"] != IGNORED_NAME
+        return named | ~batch["teacher"].isnan().any(1) if "teacher" in batch else named
+
+    def forward(self, pixel_values: Tensor, **batch: Tensor) -> tuple[Sums, Metrics]:
+        """Losses and metrics of a batch of [`RegionBatches`]."""
+        images = self.model.get_image_embeddings(pixel_values)
+        losses, metrics = self._judge_cells(images, batch)
+        if not self.loss.mask:
+            return losses, metrics
+        prompts = Prompts(batch["input_points"], batch["input_labels"], batch["from_box"])
+        for stage in range(self.stages):
+            if stage:
+                prompts = self._corrected(output, prompts, batch)  # noqa: F821 - set by the stage before
+            output = self.model(
+                image_embeddings=images,
+                input_points=prompts.points,
+                input_labels=prompts.labels,
+                region_image_index=batch["region_image_index"],
+                return_dict=True,
+            )
+            sums, seen = self._judge(output, prompts.from_box, batch)
+            losses = {key: losses.get(key, 0.0) + value for key, value in (losses | sums).items()} if stage else losses | sums
+            metrics |= {f"{key}_corrected" if stage else key: pair for key, pair in seen.items()}
+        return losses, metrics
+
+    def _corrected(self, output: TapOutput, prompts: Prompts, batch: dict[str, Tensor]) -> Prompts:
+        """Prompts with points added where the best mask is wrong."""
+        masks = batch["masks"] > 127
+        best = true_iou(output.pred_masks.float(), masks)
+        slots = training_slots(-best, prompts.from_box)
+        predicted = take_slots(output.pred_masks, slots) > 0
+        generator = torch.Generator().manual_seed(int(batch["seed"]))
+        return self.sampler.correct(prompts, masks, predicted, generator)
+
+    def _judge_cells(self, images: Tensor, batch: dict[str, Tensor]) -> tuple[Sums, Metrics]:
+        """Names and colours of the cells that lie inside one object, read off the image embedding (B, D, G, G)."""
+        cells = images.permute(0, 2, 3, 1)  # (B, G, G, D)
+        sums: Sums = {}
+        metrics: Metrics = {}
+        if "cell_name" in self.weights:
+            known = batch["cell_names"] != IGNORED_NAME
+            names = batch["cell_names"][known]
+            logits = self.concept_logits(self.cell_name_head(cells[known]))
+            sums["cell_name"] = name_kl(logits, names, self.loss.smoothing).sum()
+            metrics["name/cell"] = (logits.argmax(-1) == names).sum(), known.sum()
+        if "cell_colour" in self.weights:
+            known = batch["cell_colours"] != IGNORED_NAME
+            logits = self.cell_colour_head(cells[known]).float()
+            sums["cell_colour"] = F.cross_entropy(logits, batch["cell_colours"][known], reduction="sum")
+        return sums, metrics
+
+    def _judge(self, output: TapOutput, from_box: Tensor, batch: dict[str, Tensor]) -> tuple[Sums, Metrics]:
+        """One answer to the prompts."""
+        logits = output.pred_masks.float()
+        cover = batch["masks"].float() / 255
+        inside = cover > 0.5
+        losses = mask_loss(logits, cover if self.loss.pixel == "soft" else inside, self.loss.pixel)
+        ious = true_iou(logits, inside)
+        slots = training_slots(losses, from_box)
+        weights = self._slot_weights(slots, from_box)  # (N, S)
+        sums = {
+            "mask": take_slots(losses, slots).sum(),
+            "iou": ((output.iou_scores - ious).square() * weights).sum(),
+        }
+        names, taught = batch["names"], self._taught(batch)
+        concept = self._concept_losses(output.semantic_embeds, batch)
+        sums["concept"] = (concept * weights).sum()
+        known = ~batch["colours"].isnan()
+        colour = F.binary_cross_entropy_with_logits(
+            self.colour_head(take_slots(output.semantic_tokens, slots)).float(), batch["colours"].nan_to_num(),
+            reduction="none",
+        )  # fmt: skip
+        sums["colour"] = (colour * known).sum()
+        guesses = self.concept_logits(take_slots(output.semantic_embeds, output.slots)).argmax(-1)
+        routed = take_slots(ious, output.slots)
+        metrics: Metrics = {}
+        for key, rows in (("box", from_box), ("point", ~from_box)):
+            metrics[f"iou/{key}"] = routed[rows].sum(), rows.sum()
+            metrics[f"name/{key}"] = (guesses == names)[rows].sum(), (rows & taught).sum()
+        return {key: value for key, value in sums.items() if key in self.weights}, metrics
+
+    def _concept_losses(self, embeds: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(N, S) divergence of every slot's concepts from the teacher's, 0 where there is no teacher."""
+        logits = self.concept_logits(embeds)  # (N, S, K)
+        rows, slots, concepts = logits.shape
+        names = batch["names"][:, None].expand(rows, slots)
+        by_name = name_kl(logits.reshape(-1, concepts), names.reshape(-1), self.loss.smoothing).view(rows, slots)
+        if "teacher" not in batch:
+            return by_name
+        taught = ~batch["teacher"].isnan().any(1)
+        targets = self.concept_logits(batch["teacher"].nan_to_num()).log_softmax(-1)  # (N, K)
+        by_teacher = concept_kl(logits, targets[:, None].expand_as(logits))
+        return torch.where(taught[:, None], by_teacher, by_name)
+
+    def _slot_weights(self, slots: Tensor, from_box: Tensor) -> Tensor:
+        """(N, S) weights that add up to 1: the slot that learns the mask, or all that may answer the prompt."""
+        routed = F.one_hot(slots, self.model.config.mask_decoder_config.num_masks).float()
+        if not self.loss.all_slots:
+            return routed
+        others = torch.ones_like(routed)
+        others[:, 0] = 0
+        return torch.where(from_box[:, None], routed, others / others.sum(1, keepdim=True))

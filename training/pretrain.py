@@ -1,0 +1,80 @@
+"""Pre-train TAP: masks, scores and concepts from prompts (arXiv:2312.09128, section 3).
+
+    accelerate launch -m training.pretrain --config configs/tap_tiny/pretrain.yaml [key=value …] [--resume]
+
+Each step prompts every region twice: with its box or a point, then with points where the first mask was wrong. Both
+answers are judged by mask, score and concept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from tap_llm.concepts import ConceptSpace
+
+from .config import OptimizerConfig, RunConfig, main_of, to_dict
+from .examples import DataConfig, Pictures, RegionBatches
+from .loop import Recipe, fit
+from .models import ModelConfig, build_tap, save_tap
+from .objective import LossConfig, PromptConfig, RegionObjective
+from .pictures import draw_masks
+
+VALIDATION_SEED, VALIDATION_BATCHES = 10**6, 12
+
+
+@dataclass
+class PretrainConfig:
+    """Configuration of this recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(config: PretrainConfig) -> Path:
+    """Train; returns the folder of the finished model."""
+    run = config.run
+    set_seed(run.seed)
+    pictures = Pictures(config.data, run.seed)
+    tap, processor, concepts = build_tap(config.model, pictures.names)
+    objective = RegionObjective(tap.model, concepts, config.model.learn_concepts, config.prompts, config.loss)
+    if run.gradient_checkpointing:
+        tap.gradient_checkpointing_enable()
+    if run.compile:
+        tap.model.vision_encoder.compile()
+        tap.model.mask_decoder.compile()
+
+    def batches(source: Pictures, length: int | None = None) -> RegionBatches:
+        return RegionBatches(
+            source, concepts.names, processor.image_processor, objective.sampler, run.batch_size, config.data.regions,
+            length, source.seed,
+        )  # fmt: skip
+
+    validation = batches(Pictures(config.data, VALIDATION_SEED), VALIDATION_BATCHES)
+
+    def save(trained: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+        ours = {key: value for key, value in state.items() if key.startswith("model.")}
+        learned = ConceptSpace(concepts.names, trained.concepts(), concepts.info)  # type: ignore[operator]
+        save_tap(folder, tap, ours, processor, learned, config.model.half)
+
+    recipe = Recipe(
+        trainee=objective,
+        batches=batches(pictures),
+        validation=validation,
+        save=save,
+        better="iou/box" if config.loss.mask else "name/cell",
+        pictures=lambda trained: draw_masks(trained, validation[0]) if config.loss.mask else {},
+    )
+    return fit(recipe, run, config.optimizer, to_dict(config))
+
+
+if __name__ == "__main__":
+    main_of(__doc__, PretrainConfig, main)
