@@ -40,6 +40,6 @@ def save_picture(picture: Any, target: Path) -> None:
         os.replace(part, target)
     except (OSError, ValueError) as error:  # the system's, or Pillow's where the format has no room for such a size
         reason = f"{picture.width}x{picture.height} pixels: {error}"
-        raise InputError(f"cannot write the picture {target} ({reason}); choose another name or format") from error
+        raise InputError(f"cannot write the picture {target} ({reason}); choose another format") from error
     finally:
         part.unlink(missing_ok=True)

@@ -18,12 +18,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tap_llm.concepts import ConceptSpace
+from tap_llm.data.broken import SkipBroken
 from tap_llm.data.colours import COLOUR_WORDS
-from tap_llm.data.readers import open_samples
+from tap_llm.data.readers import SampleReader, open_samples
 from tap_llm.data.samples import RegionSample
 from tap_llm.data.scenes import Scene, SceneComposer
 from tap_llm.data.shapes import SHAPE_NAMES
 from tap_llm.data.sprites import SpriteLibrary
+from tap_llm.data.targets import NameTargets, TargetCache
 from tap_llm.errors import InputError
 from tap_llm.masks import mask_to_box
 from tap_llm.tap.image_processing_tap import TapImageProcessor, canvas_side, resized_size
@@ -58,6 +61,8 @@ class DataConfig:
     """Prompts per image."""
     scene_side: list[int] = field(default_factory=lambda: [256, 400])
     """Smallest and largest longer side of scenes, in pixels."""
+    targets: list[str] = field(default_factory=list)
+    """Caches of concept targets (`training.concept_targets`), one per file of `samples` or none."""
     sample_hold_out: int = 0
     """Every so many-th sample of each file is never shown, starting with the first; 0 shows all."""
     jitter: list[float] = field(default_factory=lambda: [0.5, 2.0])
@@ -81,12 +86,15 @@ class Picture:
     names: list[str | None]
     colours: list[list[str]]
     captions: list[list[str]]
+    teacher: Tensor | None = None
+    """(M, E) embeddings of a concept teacher, NaN where there is none."""
 
     def keep(self, rows: Sequence[int]) -> Picture:
         """The same picture with some of its regions."""
         lists = ([values[row] for row in rows] for values in (self.names, self.colours, self.captions))
         masks = self.masks[list(rows)] if len(self.masks) else self.masks
-        return Picture(self.image, self.boxes[list(rows)], masks, *lists)
+        teacher = self.teacher[list(rows)] if self.teacher is not None else None
+        return Picture(self.image, self.boxes[list(rows)], masks, *lists, teacher)
 
 
 class Pictures:
@@ -108,7 +116,16 @@ class Pictures:
             raise InputError("data.sample_share is set, but data.samples names no files")
         self.config, self.seed, self.captioned = config, seed, captioned
         self.composer, self.novel = make_composers(config)
-        self.samples = [open_samples(path) for path in config.samples]
+        if config.targets and len(config.targets) != len(config.samples):
+            raise InputError(
+                f"data.targets names {len(config.targets)} caches for {len(config.samples)} files of samples"
+            )
+        self.files = [open_samples(path) for path in config.samples]
+        caches = [TargetCache.open(folder) for folder in config.targets] or [None] * len(self.files)
+        self.samples = [
+            SkipBroken(TaughtSamples(file, cache), boxed_picture if captioned else masked_picture, config.broken_share)
+            for file, cache in zip(self.files, caches, strict=True)
+        ]
 
     @cached_property
     def names(self) -> list[str]:
@@ -117,7 +134,7 @@ class Pictures:
         for composer in (self.composer, self.novel):
             if composer is not None and composer.sprites is not None:
                 found.update(composer.sprites.names)
-        for sample in (sample for samples in self.samples for sample in samples):
+        for sample in (sample for file in self.files for sample in file):
             found.update(region["category"].lower() for region in sample.regions if region.get("category"))
         return sorted(found)
 
@@ -143,13 +160,14 @@ class Pictures:
             index = int(rng.integers(len(samples)))
             if self.config.sample_hold_out and index % self.config.sample_hold_out == 0:
                 continue
-            if self.captioned:
-                picture = boxed_picture(samples[index])
-            else:
-                picture = jitter(masked_picture(samples[index]), rng, *self.config.jitter, self.config.flip)
+            picture = samples[index]
+            if not self.captioned:
+                picture = jitter(picture, rng, *self.config.jitter, self.config.flip)
             if picture.names:
                 return picture
-        raise InputError(f"data.samples: found no region with a {'caption' if self.captioned else 'mask'} in 1000 draws")
+        raise InputError(
+            f"data.samples: found no region with a {'caption' if self.captioned else 'mask'} in 1000 draws"
+        )
 
 
 def make_composers(config: DataConfig) -> tuple[SceneComposer, SceneComposer | None]:
@@ -166,25 +184,54 @@ def make_composers(config: DataConfig) -> tuple[SceneComposer, SceneComposer | N
 
 def picture_of_scene(scene: Scene) -> Picture:
     """A scene's arrays."""
-    return Picture(
-        scene.image, tight_boxes(scene.masks), scene.masks, list(scene.names), scene.colours, scene.captions
-    )
+    return Picture(scene.image, tight_boxes(scene.masks), scene.masks, list(scene.names), scene.colours, scene.captions)
 
 
-def masked_picture(sample: RegionSample) -> Picture:
+class TaughtSamples(Sequence[tuple[RegionSample, Tensor | None]]):
+    """Samples with the embeddings that a teacher has of their regions.
+
+    Args:
+        samples: a file's samples.
+        cache: what the teacher said of them; None without a teacher.
+
+    Raises:
+        InputError: the cache is of another file.
+    """
+
+    def __init__(self, samples: SampleReader, cache: TargetCache | None) -> None:
+        self.samples, self.cache, self.where = samples, cache, samples.where
+        if cache is not None:
+            cache.check_data(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        sample = self.samples[index]
+        if self.cache is None or not sample.regions:
+            return sample, None
+        rows = range(len(sample.regions))
+        return sample, self.cache.lookup([index] * len(rows), list(rows)).float()
+
+
+def masked_picture(taught: tuple[RegionSample, Tensor | None]) -> Picture:
     """A sample's regions that have a mask."""
-    regions = [region for region, has in zip(sample.regions, sample.has_mask, strict=True) if has]
-    masks = sample.masks()
-    return Picture(np.asarray(sample.load_image()), tight_boxes(masks), masks, *_words(regions))
+    sample, teacher = taught
+    rows = np.flatnonzero(sample.has_mask).tolist()
+    masks, image = sample.masks(), np.asarray(sample.load_image())
+    words = _words([sample.regions[row] for row in rows])
+    return Picture(image, tight_boxes(masks), masks, *words, teacher[rows] if teacher is not None else None)
 
 
-def boxed_picture(sample: RegionSample) -> Picture:
+def boxed_picture(taught: tuple[RegionSample, Tensor | None]) -> Picture:
     """A sample's regions that have a caption and a box, or a mask to take one from."""
+    sample, _ = taught
     image, boxes = np.asarray(sample.load_image()), sample.boxes()
-    rows = [row for row, region in enumerate(sample.regions) if region.get("captions") and np.isfinite(boxes[row]).all()]
-    return Picture(
-        image, boxes[rows], np.zeros((0, *image.shape[:2]), dtype=bool), *_words([sample.regions[row] for row in rows])
-    )
+    rows = [
+        row for row, region in enumerate(sample.regions) if region.get("captions") and np.isfinite(boxes[row]).all()
+    ]
+    no_masks = np.zeros((0, *image.shape[:2]), dtype=bool)
+    return Picture(image, boxes[rows], no_masks, *_words([sample.regions[row] for row in rows]))
 
 
 def _words(regions: list[dict[str, Any]]) -> tuple[list[str | None], list[list[str]], list[list[str]]]:
@@ -220,7 +267,8 @@ def jitter(picture: Picture, rng: np.random.Generator, low: float, high: float, 
         padded = np.broadcast_to(fill, (side, side, 3)).copy()
         padded[:height, :width] = image
         image, masks = padded, np.pad(masks, ((0, 0), (0, side - height), (0, side - width)))
-    shown = Picture(np.ascontiguousarray(image), picture.boxes, masks, picture.names, picture.colours, picture.captions)
+    shown = Picture(np.ascontiguousarray(image), picture.boxes, masks, picture.names, picture.colours, picture.captions,
+                    picture.teacher)  # fmt: skip
     kept = shown.keep(np.flatnonzero(masks.sum((1, 2)) >= LEAST_SHARE * masks[0].size).tolist() if len(masks) else [])
     kept.boxes = tight_boxes(kept.masks)
     return kept
@@ -231,7 +279,7 @@ class RegionBatches(Dataset[Example]):
 
     Args:
         pictures: picture n.
-        names: concept names, in the order of the concept space.
+        concepts: the concept space that names are looked up in.
         image_processor: makes `pixel_values`.
         sampler: draws the first prompts.
         batch_size: B.
@@ -242,8 +290,8 @@ class RegionBatches(Dataset[Example]):
 
     def __init__(
         self,
-        pictures: Any,
-        names: list[str],
+        pictures: Pictures,
+        concepts: ConceptSpace,
         image_processor: TapImageProcessor,
         sampler: PromptSampler,
         batch_size: int,
@@ -252,9 +300,10 @@ class RegionBatches(Dataset[Example]):
         seed: int = 0,
     ) -> None:
         self.pictures, self.image_processor, self.sampler = pictures, image_processor, sampler
-        self.index = {name: position for position, name in enumerate(names)}
+        self.name_targets = NameTargets(concepts)
         self.batch_size, self.regions, self.length, self.seed = batch_size, regions, length, seed
         self.side = canvas_side(image_processor)
+        self.teacher_width = concepts.width if pictures.config.targets else None
 
     def __len__(self) -> int:
         return self.length if self.length is not None else 2**40
@@ -266,6 +315,7 @@ class RegionBatches(Dataset[Example]):
             `pixel_values` (B, 3, S, S); `input_points` (N, 2, 2), `input_labels` (N, 2), `from_box` (N,) and
             `region_image_index` (N,) of the first prompts; `masks` (N, h, h) uint8, share of each cell that is
             covered, 255 for all; `names` (N,) int64, -100 if unknown; `colours` (N, C) float32, NaN if unknown;
+            `teacher` (N, E) float32, NaN where there is none, only if the data has concept targets;
             `cell_names` and `cell_colours` (B, G, G) int64, -100 where no single object covers most of the cell;
             `seed` () int64 for the later prompts.
         """
@@ -290,9 +340,10 @@ class RegionBatches(Dataset[Example]):
         boxes = torch.from_numpy(picture.boxes[picks] * self.side / max(picture.image.shape[:2])).float()
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         prompts = self.sampler.start(torch.from_numpy(covered[picks] > 127), generator, boxes)
-        names = np.array([self.index.get(name, IGNORED_NAME) if name else IGNORED_NAME for name in picture.names])
+        names = self.name_targets.indices(picture.names).numpy()
         first_colours = np.array([COLOUR_WORDS.index(c[0]) if c else IGNORED_NAME for c in picture.colours])
-        return {
+        example = {} if self.teacher_width is None else {"teacher": self._teacher(picture, picks)}
+        return example | {
             "image": picture.image,
             "input_points": prompts.points,
             "input_labels": prompts.labels,
@@ -303,6 +354,11 @@ class RegionBatches(Dataset[Example]):
             "cell_names": paint_cells(covered, names),
             "cell_colours": paint_cells(covered, first_colours),
         }
+
+    def _teacher(self, picture: Picture, picks: NDArray[np.int64]) -> Tensor:
+        if picture.teacher is None:
+            return torch.full((len(picks), self.teacher_width or 0), torch.nan)
+        return picture.teacher[torch.from_numpy(picks)]
 
 
 def pick_regions(rng: np.random.Generator, available: int, wanted: int) -> NDArray[np.int64]:

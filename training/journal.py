@@ -93,7 +93,9 @@ class Journal:
     def _reduced(self, losses: dict[str, Tensor], metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Losses summed and metrics averaged over the processes."""
         reduce = self.accelerator.reduce
-        values = {f"loss/{name}": float(reduce(value.detach().float(), "sum")) for name, value in sorted(losses.items())}
+        values = {
+            f"loss/{name}": float(reduce(value.detach().float(), "sum")) for name, value in sorted(losses.items())
+        }
         for name, (total, count) in sorted(metrics.items()):
             total, count = reduce(total.detach().float(), "sum"), reduce(count.float(), "sum")
             if count > 0:

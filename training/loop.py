@@ -171,8 +171,9 @@ class _Stepper:
         totals = self._global_counts(window)
         # The mean over processes and micro-batches that DDP and Accelerate take is undone: see the counts.
         scale = accelerator.num_processes * run.accumulation
-        seen: dict[str, Tensor] = {}
+        seen: Sums = {}
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        norm: Tensor | None = None
         for position, batch in enumerate(window):
             batch = send_to_device(batch, accelerator.device)
             number = (step * run.accumulation + position) * accelerator.num_processes + accelerator.process_index
@@ -184,12 +185,14 @@ class _Stepper:
                 loss = torch.stack([self.trainee.weights[name] * mean for name, mean in means.items()]).sum()
                 accelerator.backward(loss * scale)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), run.clip_norm)
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), run.clip_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
             for name, mean in means.items():
                 seen[name] = seen.get(name, 0.0) + mean.detach()
+        if norm is not None:  # DeepSpeed keeps it to itself
+            metrics = {**metrics, "gradient_norm": (norm.detach(), torch.ones_like(norm))}
         return seen, metrics
 
     def _global_counts(self, window: list[Batch]) -> dict[str, Tensor]:
@@ -229,7 +232,9 @@ def _check(run: RunConfig) -> None:
 def _numbers(accelerator: Accelerator, run: RunConfig, start: int) -> range:
     """Numbers of the micro-batches of this process: it takes every `num_processes`-th."""
     world = accelerator.num_processes
-    return range(start * run.accumulation * world + accelerator.process_index, run.steps * run.accumulation * world, world)
+    return range(
+        start * run.accumulation * world + accelerator.process_index, run.steps * run.accumulation * world, world
+    )
 
 
 def _loader(batches: Dataset[Batch], numbers: range, workers: int) -> Iterator[Batch]:

@@ -106,8 +106,7 @@ class RegionObjective(nn.Module):
 
     def concept_logits(self, embeds: Tensor) -> Tensor:
         """(..., E) -> (..., K) float32."""
-        with torch.autocast(embeds.device.type, dtype=torch.bfloat16, enabled=embeds.device.type == "cpu"):
-            return (F.normalize(embeds.float(), dim=-1) @ self.concepts()).float()
+        return (F.normalize(embeds.float(), dim=-1) @ self.concepts()).float()
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """Rows behind each loss: regions in both stages, and those with a name or a colour."""
@@ -146,7 +145,11 @@ class RegionObjective(nn.Module):
                 return_dict=True,
             )
             sums, seen = self._judge(output, prompts.from_box, batch)
-            losses = {key: losses.get(key, 0.0) + value for key, value in (losses | sums).items()} if stage else losses | sums
+            losses = (
+                {key: losses.get(key, 0.0) + value for key, value in (losses | sums).items()}
+                if stage
+                else losses | sums
+            )
             metrics |= {f"{key}_corrected" if stage else key: pair for key, pair in seen.items()}
         return losses, metrics
 

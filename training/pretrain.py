@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ def main(config: PretrainConfig) -> Path:
 
     def batches(source: Pictures, length: int | None = None) -> RegionBatches:
         return RegionBatches(
-            source, concepts.names, processor.image_processor, objective.sampler, run.batch_size, config.data.regions,
+            source, concepts, processor.image_processor, objective.sampler, run.batch_size, config.data.regions,
             length, source.seed,
         )  # fmt: skip
 

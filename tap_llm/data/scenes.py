@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import InputError
+from ..images import check_image_size
 from . import wording
 from .backgrounds import Backgrounds, draw_background
 from .canvas import Canvas, Patch, random_shadow, scale_and_turn, to_patch, to_picture
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
+MIN_SIDE = 32  # of a picture
 MIN_PIXELS = 30  # objects of which less is visible are not listed
 LARGEST = 0.5  # longest side of an object, in shares of the picture's shorter side ...
 SMALLEST = 0.16
@@ -231,8 +233,9 @@ class SceneComposer:
 def _random(seed: int, tag: int, size: Size) -> np.random.Generator:
     if seed < 0:
         raise InputError(f"seed must not be negative, got {seed}")
-    if min(size) < 32:
-        raise InputError(f"size {size[0]}x{size[1]}: both sides need at least 32 pixels")
+    check_image_size(*size, "scene")
+    if min(size) < MIN_SIDE:
+        raise InputError(f"scene: {size[0]}x{size[1]} is too small; both sides need at least {MIN_SIDE} pixels")
     return np.random.default_rng((seed, tag))
 
 
@@ -294,11 +297,15 @@ def _near_colour(rng: np.random.Generator, patch: Patch) -> tuple[int, ...]:
 
 
 def _find_place(rng: np.random.Generator, canvas: Canvas, patch: Patch, side: float) -> bool:
-    """Try some random places; the middle of the object lies within the picture."""
+    """Try some random places. Most let the object stick out a little, some by half its size."""
     height, width = canvas.ids.shape
     shadow = random_shadow(rng, side)
+    out = 0.5 if rng.random() < 0.2 else 0.12
     for x, y in rng.random((_TRIES, 2)).tolist():
-        left, top = int(x * width - patch.size[0] / 2), int(y * height - patch.size[1] / 2)
+        left, top = (
+            int(share * (whole - (1 - 2 * out) * length) - out * length)
+            for share, whole, length in zip((x, y), (width, height), patch.size, strict=True)
+        )
         if canvas.place(patch, left, top, shadow):
             return True
     return False

@@ -222,7 +222,7 @@ def _pattern(rng: np.random.Generator, texture: str, side: int) -> NDArray[np.fl
         waves = waves - 0.15
     else:
         across = _wave(side, turn + math.pi / 2, period)
-        waves = waves + across - 0.7 if texture == "dotted" else waves * across * 2 - 0.1
+        waves = waves + across - 0.7 if texture == "dotted" else waves * across * 2 - 0.3
     return np.clip(waves * (period / 4) + 0.5, 0, 1)
 
 

@@ -31,7 +31,7 @@ from ..regions import region_to_json
 from .crops import ConceptTeacher, CropReader, SampleCrops, concept_log_targets
 from .samples import RegionSample
 
-UNKNOWN_NAME = -1
+UNKNOWN_NAME = -100  # what PyTorch's losses leave out
 INDEX_FILE = "index.json"
 SHARD_SIZE = 256
 _FORMAT = "tap-llm concept targets 1"
@@ -66,7 +66,7 @@ class NameTargets:
             names: N names; None where a region has none.
 
         Returns:
-            (N,) int64, `UNKNOWN_NAME` (-1) where the space does not know the name.
+            (N,) int64, `UNKNOWN_NAME` (-100) where the space does not know the name.
         """
         return torch.tensor([self._find(name) for name in names], dtype=torch.int64)
 

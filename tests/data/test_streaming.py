@@ -76,6 +76,32 @@ def test_a_seed_shuffles_files_anew_every_epoch(files):
     assert ids(again) == orders[3]
 
 
+def test_a_resumed_place_counts_once(files):
+    stream = stream_samples(files)
+    samples = iter(stream)
+    assert [int(next(samples).id) for _ in range(20)] == list(range(20))
+    resumed = stream_samples(files)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.state_dict() == stream.state_dict()
+    assert ids(resumed) == list(range(20, TOTAL))
+    assert ids(resumed) == list(range(TOTAL))
+    fresh = stream_samples(files)
+    fresh.load_state_dict(stream_samples(files).state_dict())
+    assert ids(fresh) == list(range(TOTAL))
+
+
+def test_a_data_set_by_name(folder):
+    pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+    samples = [RegionSample(pixels, id=str(i)) for i in range(TOTAL)]
+    (folder.path / "set").mkdir()
+    write_parquet(samples, folder.path / "set" / "train.parquet", shards=2)
+    assert ids(stream_samples(folder.path / "set")) == list(range(TOTAL))
+    with pytest.raises(InputError, match="its split 'val' does not consist of parquet"):
+        stream_samples(folder.path / "set", split="val")
+    with pytest.raises(InputError, match="neither a .parquet or .jsonl file nor a data set"):
+        stream_samples(folder.path / "no-such-set")
+
+
 def test_loader_workers_share_the_files(files):
     loader = DataLoader(stream_samples(files), batch_size=None, num_workers=2)
     assert sorted(ids(loader)) == list(range(TOTAL))

@@ -229,8 +229,8 @@ def test_names_are_found_in_the_space() -> None:
     space = ConceptSpace(["traffic light", "T-shirt", "t shirt", "dog"], torch.eye(4))
     names = NameTargets(space)
     found = names.indices(["dog", None, "Traffic_Light", "T-shirt", "t shirt", "t_shirt", "no such thing", ""])
-    assert found.tolist() == [3, -1, 0, 1, 2, 2, -1, -1] and found.dtype == torch.int64
-    assert UNKNOWN_NAME == -1 and names.smoothing == 0.1 and names.num_concepts == 4
+    assert found.tolist() == [3, -100, 0, 1, 2, 2, -100, -100] and found.dtype == torch.int64
+    assert UNKNOWN_NAME == -100 and names.smoothing == 0.1 and names.num_concepts == 4
     assert names.indices([]).shape == (0,)
 
 

@@ -90,7 +90,7 @@ def worker(rank: int, folder: Path) -> None:
     """What each of the two processes does; they meet through a file, so no port has to be free."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     results = {}
     for name, build in NETS.items():
         results[name] = run_net(synchronize_batch_norm(build()), rank, 100.0 if name == "large mean" else 0.0)
@@ -127,7 +127,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
     started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
+        errors = [process.communicate(timeout=240)[1] for process in started]
     finally:
         for process in started:
             process.kill()
