@@ -1,9 +1,9 @@
 """Masks, names and captions on composed scenes and real photos.
 
-    python -m eval.scenes --model tap-tiny --data composed_sample/sample.json coco_open/instances_train.json --out r.json
-    python -m eval.scenes --model tap-tiny --compose --sprites emoji grocery --backgrounds photos --hold-out 0.12 \\
+    python -m eval.scenes --data composed_sample/sample.json coco_open/instances_train.json --out r.json
+    python -m eval.scenes --compose --sprites emoji grocery --backgrounds photos --hold-out 0.12 \\
         --count 200 --seed 1000000000 --out r.json                     # unseen scenes, of known and of held-out names
-    python -m eval.scenes --model tap-tiny --compose --shapes --out r.json         # drawn shapes on drawn backgrounds
+    python -m eval.scenes --model my-folder --compose --shapes --out r.json        # drawn shapes on drawn backgrounds
 
 Both kinds of sources may be given at once. Every region with a mask is prompted with the tight box of that mask, and
 with clicks: the first deepest inside the mask, each further one deepest inside the largest connected part that is
@@ -284,7 +284,7 @@ def _report(finished: Run, out: Path) -> None:
 
 
 def _columns(groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Groups as tables that fit a screen: all, known and novel; then the kinds of each, "all" where there is no more."""
+    """Groups as tables that fit a screen: all, known and novel; then the kinds of each (of all, without names)."""
     tables = {"": {name: metrics for name, metrics in groups.items() if "/" not in name}}
     splits = [name for name in tables[""] if name != "all"] or ["all"]
     for split in splits:

@@ -119,7 +119,7 @@ def describe(
     if target is not None:
         from .visualize import draw_regions
 
-        save_picture(draw_regions(picture, results), target)
+        save_picture(draw_regions(picture, results), target, "choose another --out")
         _note(f"picture: {target}")
 
 

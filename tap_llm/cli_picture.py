@@ -31,7 +31,7 @@ def check_target(target: Path, name: str, given: bool = True) -> None:
         raise InputError(f"{name} is a folder; give the name of a picture in it")
 
 
-def save_picture(picture: Any, target: Path) -> None:
+def save_picture(picture: Any, target: Path, way_out: str = "choose another format") -> None:
     """Write beside the target and rename: a picture appears only when it is complete."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -40,6 +40,6 @@ def save_picture(picture: Any, target: Path) -> None:
         os.replace(part, target)
     except (OSError, ValueError) as error:  # the system's, or Pillow's where the format has no room for such a size
         reason = f"{picture.width}x{picture.height} pixels: {error}"
-        raise InputError(f"cannot write the picture {target} ({reason}); choose another format") from error
+        raise InputError(f"cannot write the picture {target} ({reason}); {way_out}") from error
     finally:
         part.unlink(missing_ok=True)

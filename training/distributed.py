@@ -40,16 +40,15 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and _several_processes()):
             return super().forward(input)
         self._check_input_dim(input)
-        with torch.autocast(input.device.type, enabled=False):
-            mean, variance, count = self._statistics(input.float())
-            self._update_running(mean.detach(), variance.detach(), count)
-            scale = (variance + self.eps).rsqrt()
-            shift = -mean * scale
-            if self.affine:
-                shift = shift * self.weight + self.bias
-                scale = scale * self.weight
-            output = input.float() * scale[:, None, None] + shift[:, None, None]
-        return output.to(input.dtype)
+        values = input.float()
+        mean, variance, count = self._statistics(values)
+        self._update_running(mean.detach(), variance.detach(), count)
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            shift = shift * self.weight + self.bias
+            scale = scale * self.weight
+        return (values * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
 
     def _statistics(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (C,) and biased variance (C,) over all processes, and the number of values per channel, scalar.

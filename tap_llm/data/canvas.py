@@ -170,7 +170,7 @@ class Canvas:
             total = max(1, np.count_nonzero(inside))
             x = inside.sum(axis=0) @ np.arange(columns.start, columns.stop) / total
             y = inside.sum(axis=1) @ np.arange(rows.start, rows.stop) / total
-            middles.append(((x + 0.5) / width, (y + 0.5) / height))
+            middles.append((x / width, y / height))
         return middles
 
 
