@@ -1,12 +1,13 @@
 """Memory and time of one training step, each case in a fresh process.
 
     python benchmarks/training_memory.py [--variant vit_b] [--recipe pretrain caption] [--batch 1]
-        [--precision bf16 no] [--checkpointing off on] [--steps 2] [--threads 1]
+        [--precision bf16 no] [--checkpointing off on] [--steps 1] [--threads 1]
 
 Random weights, drawn scenes or random captions of the greatest length, AdamW, the step of `training.loop`. A line tells
-the peak of a whole step (on CPUs of the whole process, libraries included; on a GPU what torch allocated), the
-activations that the forward pass keeps for the backward pass, counted tensor by tensor, and what a GPU would need,
-computed from them. With `--steps 0` only the forward pass runs: sizes that do not fit can still be counted.
+the time of a step (on CPUs processor seconds, which other work on the machine does not change much), its peak (on CPUs
+of the whole process, libraries included; on a GPU what torch allocated), the activations that the forward pass keeps
+for the backward pass, counted tensor by tensor, and what a GPU would need, computed from them. With `--steps 0` only
+the forward pass runs: sizes that do not fit can still be counted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from training.examples import DataConfig, Pictures, RegionBatches
 from training.loop import _Stepper
 from training.models import ModelConfig, build_tap
 from training.objective import LossConfig, PromptConfig, RegionObjective
-from training.optimization import build_optimizers
+from training.optimization import build_optimizers, set_learning_rates
 
 CONCEPTS = 2560  # of the official concept space
 CAPTION_IDS = 40
@@ -104,6 +105,16 @@ def kept_bytes(accelerator: Accelerator, model: nn.Module, batch: Batch) -> int:
     return sum(kept.values())
 
 
+def allocate_states(model: nn.Module, optimizers: list[Any]) -> None:
+    """Make the optimiser's states, which would else appear at the end of the first step, after its peak."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    set_learning_rates(optimizers, 0.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def gpu_gib(trainable: int, frozen: int, kept: int) -> float:
     """What a GPU needs: float32 weights, gradients and two AdamW states, bf16 copies of the weights, activations."""
     return (trainable * (4 + 4 + 8 + 2) + frozen * (4 + 2) + kept) / GIB + GPU_OVERHEAD
@@ -121,12 +132,15 @@ def measure(case: Case) -> dict[str, float]:
     model.train()
     kept = kept_bytes(accelerator, model, batches[0])
     gc.collect()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     stepper, seconds = _Stepper(accelerator, model, optimizers, trainee, run), float("nan")
+    if case["steps"]:
+        allocate_states(model, optimizers)
     for step in range(case["steps"]):
-        start = time.perf_counter()
+        start = clock()
         losses, _ = stepper.step([batches[step]], step)
         assert all(torch.isfinite(value) for value in losses.values())  # and the device has finished
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     counts = [sum(p.numel() for p in trainee.parameters() if p.requires_grad == wanted) for wanted in (True, False)]
     return {
         "trainable": counts[0] / 1e6, "frozen": counts[1] / 1e6, "kept": kept / GIB, "peak": peak_gib(),
@@ -142,7 +156,7 @@ def peak_gib() -> float:
 
 
 HEADER = (
-    "| recipe | size | images x regions | precision | checkpointing | parameters trained + frozen | seconds a step "
+    "| recipe | size | images x regions | precision | checkpointing | parameters trained + frozen | seconds "
     "| peak | activations kept | GPU, computed |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -174,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--regions", type=int, default=8, help="regions per image")
     parser.add_argument("--precision", nargs="+", default=["bf16", "no"], choices=["bf16", "fp16", "no"])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
-    parser.add_argument("--steps", type=int, default=2, help="the time is that of the last; 0 counts activations only")
+    parser.add_argument("--steps", type=int, default=1, help="the time is that of the last; 0 counts activations only")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -33,6 +33,8 @@ class ModelConfig:
     """Attention implementation; `eager` is the fastest to train on CPUs in bf16."""
     concepts: str | None = None
     """Concept space, if not the one beside `start`; None and nothing beside it: the names of the data."""
+    freeze_encoder: bool = False
+    """Leave the image encoder as it is: while a fresh decoder would send large gradients into it."""
     learn_concepts: bool = False
     """Train the concept weights: for names that no text encoder embeds."""
     concept_scale: float = 30.0

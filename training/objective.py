@@ -6,9 +6,12 @@ Symbols: B images, N regions, S = 4 slots, K concepts, C colour words, G = side 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tap_llm.concepts import ConceptSpace
@@ -18,6 +21,8 @@ from tap_llm.tap.outputs import TapOutput, take_slots
 
 from .losses import IGNORED_NAME, concept_kl, mask_loss, name_kl, training_slots, true_iou
 from .prompts import Prompts, PromptSampler
+
+HEADS_FILE = "training_heads.safetensors"
 
 Sums = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -66,12 +71,19 @@ class RegionObjective(nn.Module):
         learn_concepts: train the directions of its weights; their lengths stay. For names without a text encoder.
         prompts: settings of the prompt sampler.
         loss: weights of the losses.
+        freeze_encoder: leave the image encoder as it is, its BatchNorm statistics included.
     """
 
     concept_scale: Tensor
 
     def __init__(
-        self, model: TapModel, concepts: ConceptSpace, learn_concepts: bool, prompts: PromptConfig, loss: LossConfig
+        self,
+        model: TapModel,
+        concepts: ConceptSpace,
+        learn_concepts: bool,
+        prompts: PromptConfig,
+        loss: LossConfig,
+        freeze_encoder: bool = False,
     ) -> None:
         super().__init__()
         decoder = model.config.mask_decoder_config
@@ -89,16 +101,39 @@ class RegionObjective(nn.Module):
         self.cell_colour_head = nn.Linear(decoder.hidden_size, len(COLOUR_WORDS))
         regions = ("mask", "iou", "concept", "colour") if loss.mask else ()
         self.weights = {key: getattr(loss, key) for key in (*regions, "cell_name", "cell_colour") if getattr(loss, key)}
+        self.freeze_encoder = freeze_encoder
         self._freeze_unused()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.model.vision_encoder.eval()
+        return self
 
     def _freeze_unused(self) -> None:
         """Parts without a loss must not wait for gradients."""
         heads = {"colour": self.colour_head, "cell_name": self.cell_name_head, "cell_colour": self.cell_colour_head}
         for key, head in heads.items():
             head.requires_grad_(key in self.weights)
+        if self.freeze_encoder:
+            self.model.vision_encoder.requires_grad_(False)
         if not self.loss.mask:
             self.model.mask_decoder.requires_grad_(False)
             self.model.prompt_encoder.requires_grad_(False)
+
+    def head_keys(self) -> list[str]:
+        """Keys of the auxiliary heads, which are no part of TAP."""
+        return [key for key, _ in self.named_parameters() if key.startswith(("colour_head", "cell_"))]
+
+    def load_heads(self, folder: str | None) -> None:
+        """Take over the auxiliary heads that an earlier stage left beside its model, if it did.
+
+        Fresh heads on a trained model would send large gradients into it.
+        """
+        file = Path(folder or "") / HEADS_FILE
+        if folder and file.is_file():
+            self.load_state_dict(load_file(file), strict=False)
 
     def concepts(self) -> Tensor:
         """(E, K) weights of the concept space as they are now."""

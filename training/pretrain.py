@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import set_seed
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tap_llm.concepts import ConceptSpace
@@ -20,7 +21,7 @@ from .config import OptimizerConfig, RunConfig, main_of, to_dict
 from .examples import DataConfig, Pictures, RegionBatches
 from .loop import Recipe, fit
 from .models import ModelConfig, build_tap, save_tap
-from .objective import LossConfig, PromptConfig, RegionObjective
+from .objective import HEADS_FILE, LossConfig, PromptConfig, RegionObjective
 from .pictures import draw_masks
 
 VALIDATION_SEED, VALIDATION_BATCHES = 10**6, 12
@@ -44,7 +45,10 @@ def main(config: PretrainConfig) -> Path:
     set_seed(run.seed)
     pictures = Pictures(config.data, run.seed)
     tap, processor, concepts = build_tap(config.model, pictures.names)
-    objective = RegionObjective(tap.model, concepts, config.model.learn_concepts, config.prompts, config.loss)
+    objective = RegionObjective(
+        tap.model, concepts, config.model.learn_concepts, config.prompts, config.loss, config.model.freeze_encoder
+    )
+    objective.load_heads(config.model.start)
     if run.gradient_checkpointing:
         tap.gradient_checkpointing_enable()
     if run.compile:
@@ -63,6 +67,7 @@ def main(config: PretrainConfig) -> Path:
         ours = {key: value for key, value in state.items() if key.startswith("model.")}
         learned = ConceptSpace(concepts.names, trained.concepts(), concepts.info)  # type: ignore[operator]
         save_tap(folder, tap, ours, processor, learned, config.model.half)
+        save_file({key: state[key].cpu() for key in objective.head_keys()}, folder / HEADS_FILE)
 
     recipe = Recipe(
         trainee=objective,

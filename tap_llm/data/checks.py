@@ -1,9 +1,9 @@
-"""What can be wrong with a sample, found by reading all of it; one message per fault, the field in front."""
+"""What can be wrong with a sample; one message per fault, the field in front."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -13,28 +13,48 @@ if TYPE_CHECKING:
     from .samples import RegionSample
 
 REGION_EXTRAS = ("id", "category", "captions", "attributes", "type")
+_EXTRA_TYPES = (
+    ("id", (int, str), "a number or text"),
+    ("category", str, "text"),
+    ("caption", str, "text"),
+    ("attributes", Mapping, "a dict"),
+)
+_TURN_KEYS = ({"role", "content"}, {"question", "answer"})
 
 
-def sample_problems(sample: RegionSample) -> Iterator[str]:
-    """All faults of a sample: wrong types, a broken picture, impossible regions, empty texts, wrong references."""
+def type_problems(sample: RegionSample) -> Iterator[str]:
+    """Fields and keys of regions whose values are of a wrong type; quick, nothing is read."""
     for name in ("id", "source", "license"):
         if not isinstance(getattr(sample, name), str):
             yield f"{name}: expected text, got {_kind(getattr(sample, name))}"
-    yield from _text_problems("captions", sample.captions)
+    yield from _list_problems("captions", sample.captions, str)
+    yield from _list_problems("conversations", sample.conversations, Mapping)
+    yield from _list_problems("regions", sample.regions, Mapping)
+    for index, region in enumerate(sample.regions):
+        yield from (f"{region_name(index, region)}: {problem}" for problem in _region_type_problems(region))
+
+
+def sample_problems(sample: RegionSample) -> Iterator[str]:
+    """All faults of a sample: a broken picture, impossible regions, empty texts, references to regions it lacks."""
+    yield from _empty("captions", sample.captions)
     try:
         sample.load_image()
     except InputError as error:
         yield str(error)
-    if not isinstance(sample.regions, (list, tuple)):
-        yield f"regions: expected a list of regions, got {_kind(sample.regions)}"
-        return
-    yield from _list_problems(sample.regions, sample.size)
-    yield from _conversation_problems(sample.conversations, len(sample.regions))
+    seen: set[str] = set()
+    for index, region in enumerate(sample.regions):
+        yield from (f"{region_name(index, region)}: {problem}" for problem in _region_problems(region, sample.size))
+        key = json.dumps(region.get("id"))
+        if key != "null" and key in seen:
+            yield f"{region_name(index, region)}: another region has the same id"
+        seen.add(key)
+    for index, turn in enumerate(sample.conversations):
+        yield from (f"conversations[{index}]: {problem}" for problem in _turn_problems(turn, len(sample.regions)))
 
 
-def region_name(index: int, region: Any) -> str:
+def region_name(index: int, region: Mapping[str, Any]) -> str:
     """How messages call a region: its place, and its id where it has one."""
-    number = region.get("id") if isinstance(region, Mapping) else None
+    number = region.get("id")
     return f"regions[{index}]" if number is None else f"regions[{index}] (id {number})"
 
 
@@ -44,29 +64,27 @@ def named(name: str, problem: object) -> str:
     return text if text.startswith((f"{name}:", f"{name} ")) else f"{name}: {text}"
 
 
-def _list_problems(regions: Any, size: tuple[int, int] | None) -> Iterator[str]:
-    seen: set[str] = set()
-    for index, region in enumerate(regions):
-        name = region_name(index, region)
-        yield from (f"{name}: {problem}" for problem in _region_problems(region, size))
-        key = json.dumps(region.get("id"), default=repr) if isinstance(region, Mapping) else "null"
-        if key != "null" and key in seen:
-            yield f"{name}: another region has the same id"
-        seen.add(key)
-
-
-def _region_problems(region: Any, size: tuple[int, int] | None) -> Iterator[str]:
-    if not isinstance(region, Mapping):
-        yield f'expected a dict such as {{"box": [x0, y0, x1, y1]}}, got {_kind(region)}'
+def _list_problems(name: str, values: Any, kind: type) -> Iterator[str]:
+    expected = "texts" if kind is str else "dicts"
+    if not isinstance(values, (list, tuple)):
+        yield f"{name}: expected a list of {expected}, got {_kind(values)}"
         return
+    for index, value in enumerate(values):
+        if not isinstance(value, kind):
+            yield f"{name}[{index}]: expected one of the {expected}, got {_kind(value)}"
+
+
+def _region_type_problems(region: Mapping[str, Any]) -> Iterator[str]:
     if region.get("captions") is not None:
-        yield from _text_problems("captions", region["captions"])
-    if region.get("category") is not None:
-        yield from _text_problems("category", [region["category"]])
-    if not isinstance(region.get("id"), (int, str, type(None))):
-        yield f"id: expected a number or text, got {_kind(region['id'])}"
-    if not isinstance(region.get("attributes"), (Mapping, type(None))):
-        yield f"attributes: expected a dict, got {_kind(region['attributes'])}"
+        yield from _list_problems("captions", region["captions"], str)
+    for key, kind, expected in _EXTRA_TYPES:
+        if region.get(key) is not None and not isinstance(region[key], kind):
+            yield f"{key}: expected {expected}, got {_kind(region[key])}"
+
+
+def _region_problems(region: Mapping[str, Any], size: tuple[int, int] | None) -> Iterator[str]:
+    yield from _empty("captions", region.get("captions") or ())
+    yield from _empty("category", [region.get("category")])
     if size is not None:  # without a picture, places cannot be judged
         yield from _form_problems(region, size)
 
@@ -84,34 +102,20 @@ def _form_problems(region: Mapping[str, Any], size: tuple[int, int]) -> Iterator
         yield str(error)
 
 
-def _conversation_problems(conversations: Any, num_regions: int) -> Iterator[str]:
-    if not isinstance(conversations, (list, tuple)):
-        yield f"conversations: expected a list of messages or records, got {_kind(conversations)}"
-        return
-    for index, turn in enumerate(conversations):
-        yield from (f"conversations[{index}]: {problem}" for problem in _turn_problems(turn, num_regions))
-
-
-def _turn_problems(turn: Any, num_regions: int) -> Iterator[str]:
+def _turn_problems(turn: Mapping[str, Any], num_regions: int) -> Iterator[str]:
     """What is wrong with one chat message, or one question with its answer."""
-    if not isinstance(turn, Mapping) or not any(pair <= turn.keys() for pair in _TURN_KEYS):
-        got = f"keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else _kind(turn)
-        yield f'expected {{"role", "content"}} or {{"question", "answer"}}, got {got}'
+    if not any(pair <= turn.keys() for pair in _TURN_KEYS):
+        keys = ", ".join(map(str, turn))
+        yield f'expected {{"role", "content"}} or {{"question", "answer"}}, got keys {keys}'
         return
-    for key in ("role", "question", "answer"):
-        if key in turn:
-            yield from _text_problems(key, [turn[key]])
-    content = turn.get("content", [])
-    if isinstance(content, str):
-        yield from _text_problems("content", [content])
-    elif not isinstance(content, (list, tuple)):
-        yield f"content: expected text or a list of parts, got {_kind(content)}"
+    for key in ("role", "question", "answer", "content"):
+        value = turn.get(key, "none")
+        if not isinstance(value, (str, list, tuple) if key == "content" else str):
+            yield f"{key}: expected text{' or a list of parts' * (key == 'content')}, got {_kind(value)}"
+        yield from _empty(key, [value])
     for index in _used_regions(turn):
         if not isinstance(index, int) or not 0 <= index < num_regions:
             yield f"region index {index!r}: there are {num_regions} regions, counted from 0"
-
-
-_TURN_KEYS = ({"role", "content"}, {"question", "answer"})
 
 
 def _used_regions(turn: Mapping[str, Any]) -> list[Any]:
@@ -123,15 +127,9 @@ def _used_regions(turn: Mapping[str, Any]) -> list[Any]:
     return [*(listed if isinstance(listed, (list, tuple)) else [listed]), *inline]
 
 
-def _text_problems(name: str, texts: Any) -> Iterator[str]:
-    if not isinstance(texts, (list, tuple)):
-        yield f"{name}: expected a list of texts, got {_kind(texts)}"
-        return
-    for text in texts:
-        if not isinstance(text, str):
-            yield f"{name}: expected text, got {_kind(text)}"
-        elif not text.strip():
-            yield f"{name}: is empty"
+def _empty(name: str, texts: Iterable[Any]) -> Iterator[str]:
+    if any(isinstance(text, str) and not text.strip() for text in texts):
+        yield f"{name}: is empty"
 
 
 def _kind(value: Any) -> str:

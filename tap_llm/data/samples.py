@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..images import _open_header, load_image
 from ..masks import BoolArray, encode_rle, mask_to_box
 from ..regions import Region, _read_mask, parse_region, region_to_json
-from .checks import named, region_name, sample_problems
+from .checks import named, region_name, sample_problems, type_problems
 
 REGION_COLUMNS = ("id", "box", "points", "labels", "sketch", "mask", "category", "captions", "attributes")
 
@@ -60,8 +60,11 @@ class RegionSample:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.regions, (list, tuple)):
-            self.regions = [_with_captions(region) for region in self.regions]
+        """Raises [`InputError`] for a field of a wrong type."""
+        problem = next(type_problems(self), None)
+        if problem is not None:
+            raise InputError(problem)
+        self.regions = [_with_captions(region) for region in self.regions]
 
     def load_image(self) -> Image.Image:
         """The picture, upright, RGB.
@@ -163,7 +166,9 @@ class RegionSample:
         row = region_to_json({key: region[key] for key in region if key not in ("mask", "type")})
         unknown = row.keys() - set(REGION_COLUMNS)
         if unknown:
-            raise InputError(f'{region_name(index, region)}: unknown key "{min(unknown)}"; "attributes" has room for it')
+            raise InputError(
+                f'{region_name(index, region)}: unknown key "{min(unknown)}"; "attributes" has room for it'
+            )
         if region.get("mask") is not None:
             row["mask"] = encode_rle(self._mask(index))
         row |= {key: json.dumps(row[key]) for key in ("id", "attributes") if row.get(key) is not None}
@@ -192,10 +197,8 @@ def _naming(field_name: str) -> Iterator[None]:
         raise type(error)(named(field_name, error)) from error
 
 
-def _with_captions(region: Any) -> Any:
+def _with_captions(region: Mapping[str, Any]) -> Region:
     """A copy in which a single "caption" has become "captions"."""
-    if not isinstance(region, Mapping):
-        return region
     region = dict(region)
     caption = region.pop("caption", None)
     if caption is not None:

@@ -275,10 +275,10 @@ def _sprite_object(rng: np.random.Generator, sprite: Sprite, side: float, scale:
     dice = rng.random(4).tolist()
     picture = to_picture(sprite.pixels)
     side = min(side, MAX_ENLARGED * max(picture.size))
-    if room is not None and dice[0] < 0.5 and not any(word in sprite.name for word in _ONE_SIDED):
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turn = MAX_TURN * (2 * dice[2] - 1) if dice[1] < 0.5 else 0.0
     picture = scale_and_turn(rng, picture, side, turn, room)
+    if room is not None and dice[0] < 0.5 and not any(word in sprite.name for word in _ONE_SIDED):
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     kind = sprite.group if sprite.group in wording.KIND_WORDS else sprite.kind
     size = "" if room is not None else _said_size(_clear_size(side, scale)[0])
     thing = Thing(sprite.name, sprite.phrase, sprite.colours, kind, size=size)

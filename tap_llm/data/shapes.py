@@ -234,9 +234,9 @@ def _second_colour(
         dark = base.mean() < 110
         twin = base + (255 - base) * rng.uniform(0.35, 0.5) if dark else base * rng.uniform(0.5, 0.65)
         return (colour,), twin.astype(np.float32)
-    distance = {word: sum(abs(np.subtract(rgb, base))) for word, rgb in SHAPE_COLOURS.items()}
-    second = pick(rng, [word for word, far in distance.items() if far > 150])
-    return (colour, second), np.array(SHAPE_COLOURS[second], dtype=np.float32)
+    palette = np.array(list(SHAPE_COLOURS.values()), dtype=np.float32)
+    index = pick(rng, np.flatnonzero(np.abs(palette - base).sum(axis=1) > 150).tolist())
+    return (colour, tuple(SHAPE_COLOURS)[index]), palette[index]
 
 
 def draw_shape(rng: np.random.Generator, side: float, colour: str | None = None) -> DrawnShape:

@@ -104,7 +104,7 @@ def test_a_good_sample_passes():
         ({"captions": "a picture"}, "captions: expected a list"),
         ({"captions": [" "]}, "captions: is empty"),
         ({"regions": {"box": [0, 0, 1, 1]}}, "regions: expected a list"),
-        ({"regions": [[0, 0, 1, 1]]}, r"regions\[0\]: expected a dict"),
+        ({"regions": [[0, 0, 1, 1]]}, r"regions\[0\]: expected one of the dicts"),
         ({"regions": [{}]}, r"regions\[0\]: a region needs one of"),
         ({"regions": [{"bbox": [0, 0, 1, 1]}]}, r'regions\[0\]: unknown key "bbox"; did you mean "box"'),
         ({"regions": [{"box": [5, 5, 5, 9]}]}, r"regions\[0\]: box .* has no area"),
@@ -116,6 +116,7 @@ def test_a_good_sample_passes():
         ({"regions": [{"mask": POLYGON, "labels": [1]}]}, '"labels" need "points"'),
         ({"regions": [{"mask": POLYGON, "box": [1, 1, 1, 1]}]}, "has no area"),
         ({"regions": [{"box": [0, 0, 1, 1], "captions": [""]}]}, r"regions\[0\]: captions: is empty"),
+        ({"regions": [{"box": [0, 0, 1, 1], "caption": 3}]}, "caption: expected text, got int 3"),
         ({"regions": [{"box": [0, 0, 1, 1], "category": 3}]}, "category: expected text, got int 3"),
         ({"regions": [{"box": [0, 0, 1, 1], "attributes": "red"}]}, "attributes: expected a dict"),
         ({"regions": [{"box": [0, 0, 1, 1], "id": 4}] * 2}, r"regions\[1\] \(id 4\): another region has the same id"),
@@ -127,14 +128,13 @@ def test_a_good_sample_passes():
     ],
 )  # fmt: skip
 def test_check_names_the_field(change, message):
-    sample = RegionSample(**{"image": PIXELS, **GOOD, **change})
     with pytest.raises(InputError, match=message):
-        sample.check()
+        RegionSample(**{"image": PIXELS, **GOOD, **change}).check()
 
 
 def test_problems_lists_all_of_them():
     regions = [{"box": [5, 5, 5, 9], "captions": [""]}, {"box": [0, 0, 1, 1]}, {"mask": [[1, 2]]}]
-    problems = list(RegionSample(PIXELS, regions, captions=[3]).problems())
+    problems = list(RegionSample(PIXELS, regions, captions=[""]).problems())
     assert [problem.split(":")[0] for problem in problems] == ["captions", "regions[0]", "regions[0]", "regions[2]"]
 
 

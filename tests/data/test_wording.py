@@ -66,8 +66,8 @@ def test_adjectives_change_the_article() -> None:
     [
         ((230, 30, 30), "red"), ((255, 140, 0), "orange"), ((255, 225, 40), "yellow"), ((40, 170, 60), "green"),
         ((30, 80, 220), "blue"), ((160, 210, 250), "light blue"), ((20, 25, 80), "navy blue"),
-        ((120, 40, 160), "purple"), ((250, 150, 190), "pink"), ((110, 70, 40), "brown"), ((220, 200, 165), "beige"), ((130, 130, 130), "grey"),
-        ((10, 10, 10), "black"), ((250, 250, 250), "white"),
+        ((120, 40, 160), "purple"), ((250, 150, 190), "pink"), ((110, 70, 40), "brown"), ((220, 200, 165), "beige"),
+        ((130, 130, 130), "grey"), ((10, 10, 10), "black"), ((250, 250, 250), "white"),
     ],
 )  # fmt: skip
 def test_colour_of_plain_pixels(rgb: tuple[int, int, int], word: str) -> None:

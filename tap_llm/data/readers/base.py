@@ -70,7 +70,7 @@ class SampleReader(Sequence[RegionSample], ABC):
             return self._read(position)
         except InputError as error:
             raise type(error)(f"{self.where(position)}: {error}") from error
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, OverflowError, TypeError, ValueError) as error:
             reason = f'"{error.args[0]}" is missing' if isinstance(error, KeyError) else str(error)
             raise InputError(f"{self.where(position)}: the record is malformed ({reason})") from error
 
@@ -86,9 +86,12 @@ class PackedRecords:
     """
 
     def __init__(self, records: Iterable[Any]) -> None:
-        texts = [json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() for record in records]
-        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        self._block = b"".join(texts)
+        self._block = bytearray()
+        ends = []
+        for record in records:
+            self._block += json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            ends.append(len(self._block))
+        self._ends = np.array(ends, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -101,7 +104,8 @@ class PackedRecords:
 def read_json(path: Path) -> Any:
     """A whole JSON document; InputError where it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        with open(path, encoding="utf-8-sig") as stream:
+            return json.load(stream)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): the file is damaged or cut off") from error
 

@@ -109,6 +109,7 @@ def _first(records: Any) -> dict[str, Any]:
 
 def _looks_like_grit(image: dict[str, Any], annotation: dict[str, Any], categories: Any) -> bool:
     """Boxes with captions, no masks, at most the class "object", pictures called by Visual Genome's numbers."""
-    classless = not categories or (len(categories) == 1 and _first(categories).get("name") == "object")
+    single = isinstance(categories, list) and len(categories) == 1
+    classless = not categories or (single and _first(categories).get("name") == "object")
     numbered = Path(str(image.get("file_name"))).stem.isdigit()
     return classless and numbered and {"caption", "bbox"} <= annotation.keys() and not annotation.get("segmentation")
