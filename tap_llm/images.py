@@ -90,7 +90,7 @@ def open_image(path: str | Path, what: str = "image") -> Image.Image:
     if _URL.match(str(path)):
         raise InputError(f"{what}: {_shorten(path)} is a URL; download it first and pass the file's path")
     try:
-        with open(path, "rb") as stream, _open_header(stream) as image:
+        with open(path, "rb") as stream, open_header(stream) as image:
             return _load_upright(image, f"{what} {_shorten(path)}")
     except FileNotFoundError:
         raise MissingFileError(f"{what}: there is no file {_shorten(path)}") from None
@@ -127,7 +127,8 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open_header(stream: Any) -> Image.Image:
+def open_header(stream: Any) -> Image.Image:
+    """Open an image in one of the formats that we read, without decoding it; Pillow's own errors pass through."""
     Image.init()
     known = [name for name in FILE_FORMATS if name in Image.OPEN]  # some need a newer Pillow, or a plug-in
     with _without_pillow_limit():

@@ -91,12 +91,12 @@ def parse_region(
         raise InputError(f"mask_prompt must be one of {get_args(MaskPrompt)}, got {mask_prompt!r}")
     form = _form_of(region)
     if "mask" in form:
-        return _mask_prompt(_read_mask(form["mask"], height, width), mask_prompt)
+        return _mask_prompt(read_mask(form["mask"], height, width), mask_prompt)
     if "sketch" in form:
         return _points_prompt(_resample(_check_points(form["sketch"], height, width, "sketch")), None)
     prompts = []
     if "box" in form:
-        prompts.append(_box_prompt(_check_box(form["box"], height, width)))
+        prompts.append(_box_prompt(check_box(form["box"], height, width)))
     if "points" in form:
         points = _check_points(form["points"], height, width, "points")
         prompts.append(_points_prompt(points, form.get("labels")))
@@ -213,7 +213,12 @@ def _unknown_key(key: Any) -> str:
     return f'unknown key "{key}"; {guess}Known keys: {", ".join(_FORM_KEYS + _EXTRA_KEYS)}'
 
 
-def _check_box(value: Any, height: int, width: int) -> FloatArray:
+def check_box(value: Any, height: int, width: int) -> FloatArray:
+    """Four numbers [x0, y0, x1, y1] as an array (4,), if they are a box that touches a picture of that size.
+
+    Raises:
+        InputError: not four finite numbers, without area, or wholly outside the picture.
+    """
     box = _numbers(value)
     if box is None or box.shape != (4,):
         raise InputError(f"box {_brief(value)} must be four numbers [x0, y0, x1, y1]")
@@ -296,7 +301,12 @@ def _resample(stroke: FloatArray) -> FloatArray:
     return stroke[np.linspace(0, len(stroke), MAX_SKETCH_POINTS + 2).astype(np.int64)[1:-1]]
 
 
-def _read_mask(value: Any, height: int, width: int) -> BoolArray:
+def read_mask(value: Any, height: int, width: int) -> BoolArray:
+    """A mask in any form of the Region schema (array, RLE, polygons, path of a mask image) as (H, W) bool.
+
+    Raises:
+        InputError: it cannot be read, is of another size, or empty.
+    """
     if isinstance(value, (str, Path)):
         mask = _mask_from_file(value)
     elif isinstance(value, Mapping):

@@ -98,7 +98,7 @@ class SkipBroken(Sequence[T], Generic[T]):
                 try:
                     good = self.prepare(self.samples[candidate])
                 except (InputError, OSError) as error:
-                    self._problems[candidate] = _with_place(self.samples, candidate, error)
+                    self._problems[candidate] = with_place(self.samples, candidate, error)
                 else:
                     self.tally.add()
                     return good
@@ -138,7 +138,7 @@ def checked(sample: RegionSample) -> RegionSample:
     return sample
 
 
-def _with_place(samples: Sequence[RegionSample], index: int, error: Exception) -> str:
+def with_place(samples: Sequence[RegionSample], index: int, error: Exception) -> str:
     """The message with the sample's place in front, once."""
     where = getattr(samples, "where", "record {}".format)(index)
     text = str(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..regions import _read_mask, parse_region
+from ..regions import read_mask, parse_region
 
 if TYPE_CHECKING:
     from .samples import RegionSample
@@ -95,7 +95,7 @@ def _form_problems(region: Mapping[str, Any], size: tuple[int, int]) -> Iterator
     has_mask = region.get("mask") is not None
     try:
         if has_mask:
-            _read_mask(region["mask"], *size)
+            read_mask(region["mask"], *size)
         if prompt or not has_mask:
             parse_region(prompt, *size)
     except InputError as error:

@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from ..concepts import ConceptSpace
 from ..errors import InputError
 from ..masks import BoolArray, mask_to_box
-from ..regions import _check_box
-from .broken import _with_place
+from ..regions import check_box
+from .broken import with_place
 from .samples import RegionSample
 
 Colour = tuple[float, float, float]
@@ -184,7 +184,7 @@ class CropReader(Dataset[SampleCrops]):
         except (InputError, OSError, LookupError, TypeError, AttributeError) as error:  # records break in many ways
             side = self.settings.size
             nothing = torch.empty((0, 3, side, side), dtype=torch.uint8)
-            return SampleCrops(nothing, torch.zeros(number, dtype=torch.bool), _with_place(self.samples, index, error))
+            return SampleCrops(nothing, torch.zeros(number, dtype=torch.bool), with_place(self.samples, index, error))
 
 
 def _region_masks(sample: RegionSample) -> tuple[list[BoolArray], BoolArray]:
@@ -205,7 +205,7 @@ def _region_masks(sample: RegionSample) -> tuple[list[BoolArray], BoolArray]:
 
 def _filled_box(box: Any, height: int, width: int) -> BoolArray:
     """(H, W) mask of the pixels that a box touches."""
-    x0, y0, x1, y1 = _check_box(box, height, width)
+    x0, y0, x1, y1 = check_box(box, height, width)
     mask = np.zeros((height, width), dtype=bool)
     mask[max(0, math.floor(y0)) : math.ceil(y1), max(0, math.floor(x0)) : math.ceil(x1)] = True
     return mask

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import InputError
-from ..images import _open_header, load_image
+from ..images import open_header, load_image
 from ..masks import BoolArray, encode_rle, mask_to_box
-from ..regions import Region, _read_mask, parse_region, region_to_json
+from ..regions import Region, read_mask, parse_region, region_to_json
 from .checks import named, region_name, sample_problems, type_problems
 
 REGION_COLUMNS = ("id", "box", "points", "labels", "sketch", "mask", "category", "captions", "attributes")
@@ -122,7 +122,7 @@ class RegionSample:
 
     def _mask(self, index: int) -> BoolArray:
         with _naming(region_name(index, self.regions[index])):
-            return _read_mask(self.regions[index]["mask"], *self.image_size())
+            return read_mask(self.regions[index]["mask"], *self.image_size())
 
     def _box(self, index: int) -> Any:
         box = self.regions[index]["box"]
@@ -208,7 +208,7 @@ def _with_captions(region: Mapping[str, Any]) -> Region:
 
 def _decode(data: bytes) -> Image.Image:
     try:
-        return _open_header(io.BytesIO(data))
+        return open_header(io.BytesIO(data))
     except Exception as error:  # a damaged header surfaces as nearly any exception type
         raise InputError("image: the embedded bytes are damaged, or not an image of a known format") from error
 

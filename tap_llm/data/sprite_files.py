@@ -99,7 +99,7 @@ def _read_coco(path: Path) -> Iterator[Sprite]:
         if not entry.get("segmentation") or entry.get("iscrowd"):
             continue
         image = images[entry["image_id"]]
-        mask = _read_mask(entry["segmentation"], image["height"], image["width"])
+        mask = read_mask(entry["segmentation"], image["height"], image["width"])
         if mask.sum() < _MIN_OPAQUE or (in_photos and not _stands_free(mask)):
             continue
         if open_file != image["file_name"]:
@@ -121,7 +121,7 @@ def _coco_words(category: dict[str, Any]) -> tuple[str, str, str, str, str]:
     return name, with_article(name), "object", "object", category.get("supercategory", "object")
 
 
-def _read_mask(segmentation: Any, height: int, width: int) -> BoolArray:
+def read_mask(segmentation: Any, height: int, width: int) -> BoolArray:
     if isinstance(segmentation, dict):
         return decode_rle(segmentation)
     return polygons_to_mask(segmentation, height, width)
