@@ -1,6 +1,6 @@
 """Memory and time of one training step, each case in a fresh process.
 
-    python benchmarks/training_memory.py [--variant vit_b] [--recipe pretrain caption] [--batch 1]
+    python benchmarks/training_memory.py [--variant vit_b] [--recipe pretrain caption] [--batch 1] [--regions 8]
         [--precision bf16 no] [--checkpointing off on] [--steps 1] [--threads 1]
 
 Random weights, drawn scenes or random captions of the greatest length, AdamW, the step of `training.loop`. A line tells
@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `training` is beside this folder, not installed
 
@@ -44,7 +45,7 @@ from training.optimization import build_optimizers, set_learning_rates
 CONCEPTS = 2560  # of the official concept space
 CAPTION_IDS = 40
 GIB = 2**30
-GPU_OVERHEAD = 1.0  # GiB: CUDA context, workspaces and what the allocator cannot reuse; an allowance, not measured
+GPU_ALLOWANCE = 1.0  # GiB for CUDA itself and short-lived tensors; not measured
 
 Batch = dict[str, Tensor]
 Case = dict[str, Any]
@@ -88,8 +89,8 @@ def build_caption(case: Case) -> tuple[nn.Module, list[Batch]]:
 BUILDERS = {"pretrain": build_pretrain, "caption": build_caption}
 
 
-def kept_bytes(accelerator: Accelerator, model: nn.Module, batch: Batch) -> int:
-    """Bytes that one forward pass keeps for its backward pass, weights left out, storages shared by tensors once."""
+def forward_cost(accelerator: Accelerator, model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """One forward pass: bytes kept for the backward pass (each storage once, weights left out), and operations."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -99,10 +100,11 @@ def kept_bytes(accelerator: Accelerator, model: nn.Module, batch: Batch) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), accelerator.autocast():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks, accelerator.autocast():
         sums, _ = model(**send_to_device(batch, accelerator.device))
     assert all(value.requires_grad for value in sums.values())
-    return sum(kept.values())
+    return sum(kept.values()), counter.get_total_flops()
 
 
 def allocate_states(model: nn.Module, optimizers: list[Any]) -> None:
@@ -116,8 +118,8 @@ def allocate_states(model: nn.Module, optimizers: list[Any]) -> None:
 
 
 def gpu_gib(trainable: int, frozen: int, kept: int) -> float:
-    """What a GPU needs: float32 weights, gradients and two AdamW states, bf16 copies of the weights, activations."""
-    return (trainable * (4 + 4 + 8 + 2) + frozen * (4 + 2) + kept) / GIB + GPU_OVERHEAD
+    """What a GPU needs: weights, gradients and two AdamW states in float32, activations, and the allowance."""
+    return (trainable * (4 + 4 + 8) + frozen * 4 + kept) / GIB + GPU_ALLOWANCE
 
 
 def measure(case: Case) -> dict[str, float]:
@@ -130,7 +132,7 @@ def measure(case: Case) -> dict[str, float]:
     optimizers = build_optimizers(trainee, OptimizerConfig())
     model, *optimizers = accelerator.prepare(trainee, *optimizers)
     model.train()
-    kept = kept_bytes(accelerator, model, batches[0])
+    kept, operations = forward_cost(accelerator, model, batches[0])
     gc.collect()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     stepper, seconds = _Stepper(accelerator, model, optimizers, trainee, run), float("nan")
@@ -144,7 +146,7 @@ def measure(case: Case) -> dict[str, float]:
     counts = [sum(p.numel() for p in trainee.parameters() if p.requires_grad == wanted) for wanted in (True, False)]
     return {
         "trainable": counts[0] / 1e6, "frozen": counts[1] / 1e6, "kept": kept / GIB, "peak": peak_gib(),
-        "seconds": seconds, "gpu": gpu_gib(*counts, kept),
+        "seconds": seconds, "gpu": gpu_gib(counts[0], counts[1], kept), "forward": operations / 1e12,
     }  # fmt: skip
 
 
@@ -152,24 +154,32 @@ def peak_gib() -> float:
     """Most memory so far: allocated on the GPU, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Linux carries ru_maxrss over from the parent; this is the process's own.
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
 HEADER = (
-    "| recipe | size | images x regions | precision | checkpointing | parameters trained + frozen | seconds "
-    "| peak | activations kept | GPU, computed |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| recipe | size | images x regions | precision | checkpointing | trained + frozen | forward | step | peak | kept "
+    "| GPU, computed |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def row(case: Case, result: dict[str, float]) -> str:
+def row(case: Case, result: dict[str, float] | None) -> str:
     """A line of the table."""
-    stepped = case["steps"] > 0
+    precision = "fp32" if case["precision"] == "no" else case["precision"]
+    start = (
+        f"| {case['recipe']} | {case['variant']} | {case['batch']} x {case['regions']} | {precision} "
+        f"| {'on' if case['checkpointing'] else 'off'} "
+    )
+    if result is None:
+        return start + "| did not finish | | | | | |"
+    step = f"{result['seconds']:.1f} s | {result['peak']:.2f} GiB" if case["steps"] else "- | -"
     return (
-        f"| {case['recipe']} | {case['variant']} | {case['batch']} x {case['regions']} "
-        f"| {'fp32' if case['precision'] == 'no' else case['precision']} | {'on' if case['checkpointing'] else 'off'} "
-        f"| {result['trainable']:.0f} M + {result['frozen']:.0f} M | "
-        + (f"{result['seconds']:.1f} | {result['peak']:.2f} GiB" if stepped else "- | -")
-        + f" | {result['kept']:.2f} GiB | {result['gpu']:.1f} GiB |"
+        start + f"| {result['trainable']:.0f} M + {result['frozen']:.0f} M | {result['forward']:.2f} TFLOP | {step} "
+        f"| {result['kept']:.2f} GiB | {result['gpu']:.1f} GiB |"
     )
 
 
@@ -185,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variant", nargs="+", default=["vit_b"])
     parser.add_argument("--recipe", nargs="+", default=["pretrain", "caption"], choices=list(BUILDERS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images")
-    parser.add_argument("--regions", type=int, default=8, help="regions per image")
+    parser.add_argument("--regions", nargs="+", type=int, default=[8], help="per image")
     parser.add_argument("--precision", nargs="+", default=["bf16", "no"], choices=["bf16", "fp16", "no"])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
     parser.add_argument("--steps", type=int, default=1, help="the time is that of the last; 0 counts activations only")
@@ -204,14 +214,11 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads {arguments.threads}"
     print(f"{date.today()}, {device}, torch {torch.__version__}, {platform.processor() or platform.machine()}")
     print(HEADER, flush=True)
-    settings = (arguments.recipe, arguments.variant, arguments.batch, arguments.precision, arguments.checkpointing)
-    for recipe, variant, batch, precision, checkpointing in itertools.product(*settings):
-        case = {
-            "recipe": recipe, "variant": variant, "batch": batch, "regions": arguments.regions, "precision": precision,
-            "checkpointing": checkpointing == "on", "steps": arguments.steps, "threads": arguments.threads,
-        }  # fmt: skip
-        result = measure_apart(case)
-        print(row(case, result) if result else f"| {recipe} | {variant} | {batch} images: did not finish |", flush=True)
+    names = ("recipe", "variant", "batch", "regions", "precision", "checkpointing")
+    for values in itertools.product(*(getattr(arguments, name) for name in names)):
+        case: Case = dict(zip(names, values, strict=True))
+        case |= {"checkpointing": case["checkpointing"] == "on", "steps": arguments.steps, "threads": arguments.threads}
+        print(row(case, measure_apart(case)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ results = run(Mine(...), Path("results.json"), describe_model(pipe, "tap-tiny"))
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,8 @@ from .cache import PredictionCache, as_json
 
 Prediction = dict[str, Any]
 
-_PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy")
+_MODULES = {"pillow": "PIL"}
+_PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "pycocoevalcap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +125,7 @@ def run(
     fresh: bool = False,
     report: Callable[[str], None] = print,
     progress: bool = True,
+    command: Sequence[str] = (),
 ) -> Run:
     """Predict what is not on disk yet, score, and write the results.
 
@@ -136,12 +139,14 @@ def run(
         fresh: discard all stored predictions.
         report: takes lines of text.
         progress: show a bar.
+        command: what the user typed, to be kept with the results.
 
     Raises:
         InputError: no example can be read, or the files cannot be written.
     """
     settings = benchmark.settings()
-    key = {"protocol": benchmark.protocol, "model": model, "settings": settings, "version": tap_llm.__version__}
+    weights = {name: value for name, value in model.items() if name not in ("name", "device")}
+    key = {"protocol": benchmark.protocol, "model": weights, "settings": settings, "version": tap_llm.__version__}
     cache = PredictionCache(predictions_path(out), key, fresh)
     report(cache.note)
     with cache:
@@ -151,6 +156,7 @@ def run(
     scores = benchmark.score(done.predictions)
     results = {
         "protocol": benchmark.protocol,
+        "command": list(command),
         "metrics": scores.metrics,
         "not_measured": scores.not_measured,
         "examples": len(done.predictions),
@@ -202,7 +208,7 @@ def _predict_all(benchmark: Benchmark, cache: PredictionCache, progress: bool) -
             done.examples += 1
             done.units += benchmark.count(prediction)
             done.seconds += time.perf_counter() - started
-            bar.set_postfix_str(f"{done.units / done.seconds:.1f} {benchmark.unit}/s")
+            bar.set_postfix_str(f"{done.units / done.seconds:.1f} {benchmark.unit}/s", refresh=False)
         done.predictions.append({**prediction, "id": example.id})
         done.fingerprints.append(example.fingerprint)
     return done
@@ -219,7 +225,7 @@ def describe_model(pipe: Any, name: str) -> dict[str, Any]:
         name: as the user gave it.
 
     Returns:
-        Name, number of parameters, dtype, and hashes of weights and concept space.
+        Name, number of parameters, dtype, device, and hashes of weights and concept space.
     """
     concepts = pipe.concepts
     named = None if concepts is None else hash_tensors({"weights": concepts.weights}, *concepts.names)
@@ -227,6 +233,7 @@ def describe_model(pipe: Any, name: str) -> dict[str, Any]:
         "name": str(name),
         "parameters": sum(parameter.numel() for parameter in pipe.model.parameters()),
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
         "sha256": hash_tensors(pipe.model.state_dict()),
         "concepts": 0 if concepts is None else len(concepts),
         "concepts_sha256": named,
@@ -256,12 +263,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, of Python, and of the packages that can change a number."""
-    return {
-        "tap_llm": tap_llm.__version__,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in _PACKAGES},
-    }
+    """Of this package, of Python, and of those installed packages that can change a number."""
+    installed = [package for package in _PACKAGES if importlib.util.find_spec(_MODULES.get(package, package))]
+    packages = {package: metadata.version(package) for package in installed}
+    return {"tap_llm": tap_llm.__version__, "python": platform.python_version(), **packages}
 
 
 def _sha256(*texts: str) -> str:

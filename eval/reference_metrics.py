@@ -23,7 +23,7 @@ def missing_reason() -> str | None:
 
 
 class ReferenceMetrics:
-    """Tokenizes once, scores any part.
+    """Starts Java and tokenizes once, then scores any part; each part once, however often it is asked for.
 
     Args:
         captions: by key.
@@ -34,8 +34,12 @@ class ReferenceMetrics:
     """
 
     def __init__(self, captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+        from pycocoevalcap.meteor.meteor import Meteor
+
         self._captions = _tokenize({key: [caption] for key, caption in captions.items()})
         self._references = _tokenize({key: references[key] for key in captions})
+        self._meteor = Meteor()
+        self._scores: dict[tuple[str, ...], dict[str, float]] = {}
 
     def score(self, keys: Sequence[str]) -> dict[str, float]:
         """CIDEr-D and METEOR of some captions, at least one.
@@ -45,24 +49,20 @@ class ReferenceMetrics:
         """
         from pycocoevalcap.cider.cider import Cider
 
-        captions = {key: self._captions[key] for key in keys}
-        references = {key: self._references[key] for key in keys}
-        cider, _ = Cider().compute_score(references, captions)
-        return {"cider_d": float(cider), "meteor": _meteor(references, captions)}
+        part = tuple(keys)
+        if part not in self._scores:
+            captions = {key: self._captions[key] for key in part}
+            references = {key: self._references[key] for key in part}
+            cider, _ = Cider().compute_score(references, captions)
+            self._scores[part] = {"cider_d": float(cider), "meteor": self._score_meteor(references, captions)}
+        return self._scores[part]
 
-
-def _meteor(references: dict[str, list[str]], captions: dict[str, list[str]]) -> float:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    try:
-        scorer = Meteor()
-    except OSError as error:
-        raise RuntimeError(f"METEOR failed: {error!r}") from error
-    try:
-        return float(scorer.compute_score(references, captions)[0])
-    except (OSError, ValueError) as error:
-        scorer.lock.release()  # it still holds its lock, and would wait for it for ever when it is deleted
-        raise RuntimeError(f"METEOR failed: {error!r}") from error
+    def _score_meteor(self, references: dict[str, list[str]], captions: dict[str, list[str]]) -> float:
+        try:
+            return float(self._meteor.compute_score(references, captions)[0])
+        except (OSError, ValueError) as error:
+            self._meteor.lock.release()  # it still holds its lock, and would wait for it for ever when it is deleted
+            raise RuntimeError(f"METEOR failed: {error!r}") from error
 
 
 def _tokenize(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -74,6 +74,9 @@ def _tokenize(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         for key, group in texts.items()
     }
     try:
-        return dict(PTBTokenizer().tokenize(records))
+        tokens = PTBTokenizer().tokenize(records)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the PTB tokenizer failed: {error!r}") from error
+    if [len(tokens.get(key, ())) for key in records] != [len(group) for group in records.values()]:
+        raise RuntimeError("the PTB tokenizer failed: it returns another number of captions")
+    return dict(tokens)

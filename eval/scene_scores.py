@@ -110,12 +110,11 @@ class SceneScores:
     def __call__(self, predictions: Sequence[Prediction]) -> Scores:
         """Metrics by source and group: "all", "known", "novel", and each of them by kind ("known/emoji")."""
         scores = Scores({}, self._missing(predictions))
-        for source in dict.fromkeys(prediction["source"] for prediction in predictions):
-            ours = [prediction for prediction in predictions if prediction["source"] == source]
-            regions = [region for prediction in ours for region in prediction["regions"]]
-            groups = {name: members for name, members in self._groups(regions).items() if members}
-            scores.metrics[source] = {name: self._measure(members) for name, members in groups.items()}
-            self._add_reference_metrics(scores, source, groups)
+        groups = {source: self._groups(regions) for source, regions in _by_source(predictions).items()}
+        for source, members in groups.items():
+            scores.metrics[source] = {name: self._measure(regions) for name, regions in members.items()}
+        if not self.without_references:
+            _add_reference_metrics(scores, groups)
         return scores
 
     def _missing(self, predictions: Sequence[Prediction]) -> dict[str, str]:
@@ -139,7 +138,7 @@ class SceneScores:
             for split, members in splits.items()
             for kind in KINDS
         }
-        return splits | by_kind
+        return {name: members for name, members in (splits | by_kind).items() if members}
 
     def _measure(self, regions: Sequence[Region]) -> dict[str, Any]:
         judged = {key: [value(region) for region in regions] for key, value in VALUES.items()}
@@ -153,23 +152,35 @@ class SceneScores:
             metrics["name_in_concept_space"] = mean(name in self.concepts for name in names if name)
         return metrics | _attribute_metrics(regions)
 
-    def _add_reference_metrics(self, scores: Scores, source: str, groups: dict[str, list[Region]]) -> None:
-        """CIDEr-D and METEOR of the groups that are not by kind."""
-        captioned = [region for region in groups.get("all", []) if region["captioned"] and region["truth"]["captions"]]
-        if not captioned or self.without_references:
-            return
-        keys = {id(region): str(index) for index, region in enumerate(captioned)}
-        try:
-            metrics = ReferenceMetrics(
-                {keys[id(region)]: region["box"]["caption"] for region in captioned},
-                {keys[id(region)]: region["truth"]["captions"] for region in captioned},
-            )
-            for name in ("all", "known", "novel"):
-                ours = [keys[id(region)] for region in groups.get(name, []) if id(region) in keys]
-                if ours:
-                    scores.metrics[source][name] |= metrics.score(ours)
-        except RuntimeError as error:
-            scores.not_measured |= dict.fromkeys(METRICS, str(error))
+
+def _by_source(predictions: Sequence[Prediction]) -> dict[str, list[Region]]:
+    regions: dict[str, list[Region]] = {}
+    for prediction in predictions:
+        regions.setdefault(prediction["source"], []).extend(prediction["regions"])
+    return regions
+
+
+def _add_reference_metrics(scores: Scores, groups: dict[str, dict[str, list[Region]]]) -> None:
+    """CIDEr-D and METEOR of the groups that are not by kind; Java starts once for all of them."""
+    captioned = {
+        (source, name): [region for region in regions if region["captioned"] and region["truth"]["captions"]]
+        for source, members in groups.items()
+        for name, regions in members.items()
+        if "/" not in name
+    }
+    texts = {str(id(region)): region for regions in captioned.values() for region in regions}
+    if not texts:
+        return
+    try:
+        metrics = ReferenceMetrics(
+            {key: region["box"]["caption"] for key, region in texts.items()},
+            {key: region["truth"]["captions"] for key, region in texts.items()},
+        )
+        for (source, name), regions in captioned.items():
+            if regions:
+                scores.metrics[source][name] |= metrics.score([str(id(region)) for region in regions])
+    except RuntimeError as error:
+        scores.not_measured |= dict.fromkeys(METRICS, str(error))
 
 
 def _attribute_metrics(regions: Sequence[Region]) -> dict[str, Any]:

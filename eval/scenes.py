@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     Raises:
         InputError: something on the command line cannot be used.
     """
-    args = _parser().parse_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse_args(typed)
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; name a file")
     known, novel = _composers(args)
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> Run:
         references=not args.no_references,
     )
     benchmark = Scenes(pipe, sources, scorer, args.batch_size)
-    finished = run(benchmark, args.out, describe_model(pipe, args.model), fresh=args.fresh)
+    finished = run(benchmark, args.out, describe_model(pipe, args.model), args.fresh, command=typed)
     _report(finished, args.out)
     if args.pictures is not None:
         for path in write_sheets(args.pictures, sources, finished.predictions):
@@ -189,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=_count, metavar="N", help="of --data: at most N samples of each file")
     add("--min-area", type=float, metavar="SHARE", help="of --data: least share of the picture [0.01]")
     add("--compose", action="store_true", help="compose scenes")
-    add("--sprites", nargs="+", default=[], metavar="DIR", help="named cut-outs for --compose")
+    add("--sprites", nargs="+", default=[], metavar="DIR", help="named cut-outs for --compose and --hold-out")
     add("--backgrounds", nargs="+", default=[], metavar="DIR", help="pictures behind them; drawn ones by default")
     add("--hold-out", type=float, default=0.0, metavar="SHARE", help="data.hold_out of the training: novel names")
     add("--shapes", action="store_true", help="with --compose: scenes of drawn shapes only, beside those of --sprites")

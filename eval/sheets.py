@@ -19,7 +19,7 @@ from .base import Prediction
 from .scene_sources import Picture, Source
 
 CASES, COLUMNS = 12, 2
-TILE = 360  # width of one picture
+TILE = 420  # width of one picture
 _HEADER = 22
 
 

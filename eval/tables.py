@@ -12,6 +12,8 @@ def metric_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         groups: metrics by group. Metrics that no group has are left out; what one group lacks shows as "-".
     """
+    if not groups:
+        return "no regions"
     keys = dict.fromkeys(key for metrics in groups.values() for key in metrics)
     shown = [key for key in keys if any(metrics.get(key) is not None for metrics in groups.values())]
     rows = [["", *groups], *([key, *(_cell(metrics.get(key)) for metrics in groups.values())] for key in shown)]
