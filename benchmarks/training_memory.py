@@ -41,6 +41,7 @@ from training.loop import _Stepper
 from training.models import ModelConfig, build_tap
 from training.objective import LossConfig, PromptConfig, RegionObjective
 from training.optimization import build_optimizers, set_learning_rates
+from training.precision import autocast, start_accelerator
 
 CONCEPTS = 2560  # of the official concept space
 CAPTION_IDS = 40
@@ -89,7 +90,7 @@ def build_caption(case: Case) -> tuple[nn.Module, list[Batch]]:
 BUILDERS = {"pretrain": build_pretrain, "caption": build_caption}
 
 
-def forward_cost(accelerator: Accelerator, model: nn.Module, batch: Batch) -> tuple[int, int]:
+def forward_cost(accelerator: Accelerator, model: nn.Module, batch: Batch, precision: str) -> tuple[int, int]:
     """One forward pass: bytes kept for the backward pass (each storage once, weights left out), and operations."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -101,7 +102,7 @@ def forward_cost(accelerator: Accelerator, model: nn.Module, batch: Batch) -> tu
         return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks, accelerator.autocast():
+    with FlopCounterMode(display=False) as counter, hooks, autocast(accelerator, precision):
         sums, _ = model(**send_to_device(batch, accelerator.device))
     assert all(value.requires_grad for value in sums.values())
     return sum(kept.values()), counter.get_total_flops()
@@ -126,13 +127,13 @@ def measure(case: Case) -> dict[str, float]:
     """Run a case in this process."""
     set_seed(0)
     run = RunConfig(precision=case["precision"], batch_size=case["batch"])
-    accelerator = Accelerator(mixed_precision=run.precision, cpu=not torch.accelerator.is_available())
+    accelerator = start_accelerator(run)
     trainee: Any
     trainee, batches = BUILDERS[case["recipe"]](case)
     optimizers = build_optimizers(trainee, OptimizerConfig())
     model, *optimizers = accelerator.prepare(trainee, *optimizers)
     model.train()
-    kept, operations = forward_cost(accelerator, model, batches[0])
+    kept, operations = forward_cost(accelerator, model, batches[0], run.precision)
     gc.collect()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     stepper, seconds = _Stepper(accelerator, model, optimizers, trainee, run), float("nan")

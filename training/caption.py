@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 from tap_llm.tap.caption_decoder import TapCaptionDecoder
 from tap_llm.tap.modeling_tap import TapForConditionalGeneration
@@ -22,7 +24,7 @@ from tap_llm.tap.processing_tap import TapProcessor
 from .captioning import CaptionBatches, CaptionLossConfig, CaptionObjective
 from .config import OptimizerConfig, RunConfig, main_of, to_dict
 from .examples import DataConfig, Pictures
-from .loop import Recipe, fit
+from .loop import Recipe, check, fit
 from .models import ModelConfig, build_tap, save_tap
 from .pictures import draw_captions
 from .tokenizers import train_tokenizer
@@ -49,13 +51,14 @@ class CaptionConfig:
 def main(config: CaptionConfig) -> Path:
     """Train; returns the folder of the finished model."""
     run = config.run
+    check(run, config.optimizer)
     set_seed(run.seed)
     tap, processor, concepts = build_tap(config.model, ["unknown"])
     pictures = Pictures(config.data, run.seed, captioned=True)
-    processor = with_tokenizer(processor, tap, pictures, Path(run.output_dir))
+    processor = with_tokenizer(processor, tap, pictures, run)
     prepare_decoder(tap, config)
     if run.gradient_checkpointing:
-        tap.caption_decoder.gradient_checkpointing_enable()
+        tap.caption_decoder.activation_checkpointing_enable()
 
     def batches(source: Pictures, length: int | None = None) -> CaptionBatches:
         return CaptionBatches(
@@ -63,9 +66,9 @@ def main(config: CaptionConfig) -> Path:
             config.loss.max_length, length,
         )  # fmt: skip
 
-    validation = batches(Pictures(config.data, VALIDATION_SEED, captioned=True), VALIDATION_BATCHES)
+    validation = batches(pictures.reseeded(VALIDATION_SEED), VALIDATION_BATCHES)
 
-    def save(trained: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    def save(state: dict[str, Tensor], folder: Path) -> None:
         ours = {key.removeprefix("tap."): value for key, value in state.items()}
         save_tap(folder, tap, ours, processor, concepts, config.model.half)
 
@@ -81,7 +84,7 @@ def main(config: CaptionConfig) -> Path:
 
 
 def with_tokenizer(
-    processor: TapProcessor, tap: TapForConditionalGeneration, pictures: Pictures, folder: Path
+    processor: TapProcessor, tap: TapForConditionalGeneration, pictures: Pictures, run: RunConfig
 ) -> TapProcessor:
     """The processor with a tokenizer: its own, or a new one for the captions of the data."""
     if processor.tokenizer is not None:
@@ -89,7 +92,11 @@ def with_tokenizer(
     captions = (
         caption for number in range(TOKENIZER_PICTURES) for texts in pictures[number].captions for caption in texts
     )
-    return TapProcessor(processor.image_processor, train_tokenizer(captions, tap.config.text_config.vocab_size, folder))
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with state.main_process_first():  # the others read its file
+        again = state.is_main_process and not run.resume
+        words = train_tokenizer(captions, tap.config.text_config.vocab_size, Path(run.output_dir), again)
+    return TapProcessor(processor.image_processor, words)
 
 
 def prepare_decoder(tap: TapForConditionalGeneration, config: CaptionConfig) -> None:
@@ -100,8 +107,6 @@ def prepare_decoder(tap: TapForConditionalGeneration, config: CaptionConfig) -> 
     tap.caption_decoder = TapCaptionDecoder(text)
     if not config.fresh_decoder:
         tap.caption_decoder.load_state_dict(state)
-    if config.model.attention:
-        tap.caption_decoder.set_attn_implementation(config.model.attention)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tap_llm.errors import InputError
 from tap_llm.tap.image_processing_tap import TapImageProcessor, canvas_side
 from tap_llm.tap.modeling_tap import TapForConditionalGeneration
 from tap_llm.tap.outputs import take_slots
@@ -43,12 +43,18 @@ class CaptionObjective(nn.Module):
     Args:
         tap: the model; all but its caption decoder is frozen and stays in eval mode.
         config: prompts and loss.
+
+    Raises:
+        InputError: captions may be longer than the decoder takes.
     """
 
     weights = {"caption": 1.0}
 
     def __init__(self, tap: TapForConditionalGeneration, config: CaptionLossConfig) -> None:
         super().__init__()
+        longest = tap.config.text_config.max_position_embeddings
+        if not 2 <= config.max_length <= longest:
+            raise InputError(f"loss.max_length must be 2 to {longest} for this decoder, got {config.max_length}")
         self.tap, self.config = tap, config
         tap.model.requires_grad_(False)
         self.sampler = PromptSampler(tap.config.vision_config.image_size, 0.0, max_points=config.max_points)
@@ -106,7 +112,7 @@ class CaptionObjective(nn.Module):
         )  # fmt: skip
 
 
-class CaptionBatches(Dataset[Example]):
+class CaptionBatches:
     """Micro-batch n of captioned regions.
 
     Args:
@@ -161,6 +167,10 @@ class CaptionBatches(Dataset[Example]):
             "labels": self._labels(captions),
             "seed": torch.tensor(first),
         }
+
+    def take_problems(self) -> list[str]:
+        """Messages about broken samples that were met since the last call."""
+        return self.pictures.take_problems()
 
     def _labels(self, captions: list[str]) -> Tensor:
         ids = encode_captions(self.tokenizer, captions, self.max_length)

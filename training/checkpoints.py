@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,10 +16,31 @@ from torch import Tensor, nn
 
 from tap_llm.errors import InputError
 
+from .files import finish_folder, start_folder, write_text
+
 _NAME = re.compile(r"step_(\d{8})")
 # Settings that may change between the parts of a run without making it another run.
 _FREE = ("output_dir", "resume", "workers", "checkpoint_every", "keep_checkpoints", "evaluate_every", "log_every",
          "tensorboard", "compile")  # fmt: skip
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """See that a run can begin, or go on, in its output folder; before anything is loaded, and nothing is written.
+
+    Raises:
+        InputError: not resuming, but the folder holds a run; or resuming, but it holds none.
+    """
+    if resume and not (folder / "settings.json").is_file():
+        raise InputError(f"there is no run to resume in {folder}")
+    if resume:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.output_dir: {folder} is a file")
+    steps = _steps(folder)
+    found = [f"a run that reached step {steps[-1]}"] if steps else []
+    found += [f"the model of a run ({name}/)" for name in ("final", "best") if (folder / name).exists()]
+    if found:
+        raise InputError(f"{folder} holds {found[0]}: go on with --resume, or choose another run.output_dir")
 
 
 class Checkpoints:
@@ -37,69 +57,88 @@ class Checkpoints:
         self.accelerator, self.folder, self.keep, self.settings = accelerator, folder, keep, settings
 
     def find_start(self, resume: bool) -> int:
-        """Step to start from.
+        """Step to start from; a new run's folder is made.
 
         Raises:
-            InputError: not resuming, but the folder holds a run; or resuming, but it holds none, or another one.
+            InputError: see [`check_output`]; or the run that should be resumed is another one, or cannot be read.
         """
-        steps = self._steps()
+        check_output(self.folder, resume)
+        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
         settings_file = self.folder / "settings.json"
-        if not resume:
-            if steps:
-                raise InputError(
-                    f"{self.folder} holds a run that reached step {steps[-1]}: go on with --resume, or choose "
-                    "another run.output_dir"
-                )
-            if self.accelerator.is_main_process:
+        if resume:
+            self._compare(_read_json(settings_file))
+            return max(_steps(self.folder), default=0)
+        if self.accelerator.is_main_process:
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                settings_file.write_text(json.dumps(self.settings, indent=1))
-            return 0
-        if not settings_file.is_file():
-            raise InputError(f"there is no run to resume in {self.folder}")
-        self._compare(json.loads(settings_file.read_text()))
-        return steps[-1] if steps else 0
+                write_text(settings_file, json.dumps(self.settings, indent=1))
+            except OSError as error:
+                raise InputError(f"run.output_dir: cannot write to {self.folder} ({error.strerror})") from None
+        return 0
 
     def load(self, step: int) -> float:
-        """Load the state of a step (0: nothing); returns the best validation score so far."""
+        """Load the state of a step (0: nothing); returns the best validation score so far.
+
+        Raises:
+            InputError: the run had another number of processes, which would see other data.
+        """
         if step == 0:
             return float("-inf")
         folder = self._path(step)
+        progress = _read_json(folder / "progress.json")
+        now = self.accelerator.num_processes
+        before = progress.get("processes", now)
+        if before != now:
+            raise InputError(f"the run in {self.folder} has {before} processes, not {now}: resume it with as many")
         self.accelerator.load_state(str(folder))
-        return json.loads((folder / "progress.json").read_text())["best"] or float("-inf")
+        return float("-inf") if progress["best"] is None else progress["best"]
 
     def save(self, step: int, best: float) -> None:
         """Write the state of a step; a killed run leaves the checkpoint before it."""
         final = self._path(step)
         part = final.with_name(final.name + ".part")
         if self.accelerator.is_main_process:
-            shutil.rmtree(part, ignore_errors=True)
+            start_folder(final)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(part), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             known = None if best == float("-inf") else best
-            (part / "progress.json").write_text(json.dumps({"step": step, "best": known}))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
-            for old in self._steps()[: -self.keep]:
+            progress = {"step": step, "best": known, "processes": self.accelerator.num_processes}
+            (part / "progress.json").write_text(json.dumps(progress))
+            finish_folder(part, final)
+            for old in _steps(self.folder)[: -self.keep]:
                 shutil.rmtree(self._path(old), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _path(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step:08d}"
 
-    def _steps(self) -> list[int]:
-        names = [path.name for path in (self.folder / "checkpoints").glob("step_*")]
-        return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
-
     def _compare(self, stored: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.settings))
-        changed = [key for key, old, new in _differences(stored, now) if key.removeprefix("run.") not in _FREE]
+        changed = [
+            f"{key} ({old!r}, now {new!r})"
+            for key, old, new in _differences(stored, now)
+            if key.removeprefix("run.") not in _FREE
+        ]
         if changed:
             raise InputError(
                 f"the run in {self.folder} was started with another {', '.join(changed)}: resume it as it was, or "
                 "choose another run.output_dir"
             )
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, in order."""
+    names = [path.name for path in (folder / "checkpoints").glob("step_*")]
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): the run cannot be resumed from there") from None
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -88,7 +88,7 @@ def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] 
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"settings are given as key=value, got {text!r}")
-        _insert(content, key.strip(), yaml.safe_load(value))
+        _insert(content, key.strip(), _parse(value, f"the value of {key.strip()}"))
     return from_dict(cls, content, str(path or "settings"))
 
 
@@ -112,7 +112,7 @@ def main_of(description: str | None, cls: type[T], main: Callable[[T], Any]) -> 
     parser.add_argument("--config", type=Path, help="YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="win over the file, e.g. run.steps=100")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     resume = ["run.resume=true"] if args.resume else []
     settings = [f"run.{text}" if text.startswith("resume=") else text for text in args.settings]
     try:
@@ -130,20 +130,30 @@ def _fail(message: str, code: int) -> int:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"there is no configuration {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the configuration {path} cannot be read: {error}") from None
+    content = _parse(text, str(path)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold keys and values")
     return content
 
 
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _insert(content: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:  # a group without keys is None in YAML
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise InputError(f"{key}: {parent} is not a group of settings")
     content[last] = value
@@ -151,6 +161,7 @@ def _insert(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
+        value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise InputError(f"{where} must be a group of settings, got {value!r}")
         return from_dict(typing.cast(type, hint), value, where)

@@ -15,6 +15,10 @@ from tqdm.auto import tqdm
 
 from tap_llm.errors import MissingFileError
 
+from .files import write_text
+
+_TOLD = 20  # broken samples that a process names; the rest is counted
+
 
 class Journal:
     """Logs of the main process; the others log nothing.
@@ -33,6 +37,7 @@ class Journal:
         self.began = time.perf_counter()
         self.waited = 0.0
         self.writer: Any = None
+        self.problems: set[str] = set()
         if not self.main:
             return
         self._drop_after(start)
@@ -83,8 +88,17 @@ class Journal:
         shown = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
         tqdm.write(f"step {step}: {shown}", file=sys.stderr)
 
+    def tell(self, problems: list[str]) -> None:
+        """Name broken samples that were skipped; each once, although every worker meets them anew."""
+        for problem in problems:
+            if problem not in self.problems and len(self.problems) < _TOLD:
+                tqdm.write(f"skipped a broken sample: {problem}", file=sys.stderr)
+            self.problems.add(problem)
+
     def close(self) -> None:
-        """Finish the bar and the TensorBoard file."""
+        """Finish the bar and the TensorBoard file; say how many samples were broken."""
+        if self.problems:
+            tqdm.write(f"broken samples that were skipped: {len(self.problems)}", file=sys.stderr)
         if self.main:
             self.bar.close()
         if self.writer:
@@ -114,7 +128,7 @@ class Journal:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= start]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:
@@ -132,4 +146,4 @@ def _summary_writer(folder: Path, start: int) -> Any:
         raise MissingFileError(
             "TensorBoard is not installed: pip install 'tap-llm[train]', or set run.tensorboard=false"
         ) from None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from tap_llm.concepts import ConceptSpace
 from tap_llm.data.colours import COLOUR_WORDS
+from tap_llm.errors import InputError
 from tap_llm.tap.modeling_tap import TapModel
-from tap_llm.tap.outputs import TapOutput, take_slots
+from tap_llm.tap.outputs import take_slots
 
 from .losses import IGNORED_NAME, concept_kl, mask_loss, name_kl, training_slots, true_iou
 from .prompts import Prompts, PromptSampler
 
 HEADS_FILE = "training_heads.safetensors"
+
+LOSS_OF_CELLS = ("cell_name", "cell_colour")
 
 Sums = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]
@@ -62,6 +65,17 @@ class LossConfig:
     cell_colour: float = 0.0
 
 
+class Answer(NamedTuple):
+    """What TAP says to N prompts; see `TapOutput`."""
+
+    masks: Tensor
+    """(N, S, h, w) float32 logits."""
+    scores: Tensor
+    tokens: Tensor
+    embeds: Tensor
+    slots: Tensor
+
+
 class RegionObjective(nn.Module):
     """TAP with its losses, as sums over rows.
 
@@ -72,6 +86,9 @@ class RegionObjective(nn.Module):
         prompts: settings of the prompt sampler.
         loss: weights of the losses.
         freeze_encoder: leave the image encoder as it is, its BatchNorm statistics included.
+
+    Raises:
+        InputError: no losses, or no prompts.
     """
 
     concept_scale: Tensor
@@ -100,7 +117,11 @@ class RegionObjective(nn.Module):
         self.cell_name_head = nn.Linear(decoder.hidden_size, decoder.semantic_embed_dim)
         self.cell_colour_head = nn.Linear(decoder.hidden_size, len(COLOUR_WORDS))
         regions = ("mask", "iou", "concept", "colour") if loss.mask else ()
-        self.weights = {key: getattr(loss, key) for key in (*regions, "cell_name", "cell_colour") if getattr(loss, key)}
+        self.weights = {key: getattr(loss, key) for key in (*regions, *LOSS_OF_CELLS) if getattr(loss, key)}
+        if not self.weights.keys() & {"mask", "cell_name"}:
+            raise InputError("loss: without loss.mask, loss.cell_name must be above 0, or nothing is learnt of regions")
+        if prompts.stages < 1:
+            raise InputError(f"prompts.stages must be at least 1, got {prompts.stages}")
         self.freeze_encoder = freeze_encoder
         self._freeze_unused()
 
@@ -116,10 +137,15 @@ class RegionObjective(nn.Module):
         heads = {"colour": self.colour_head, "cell_name": self.cell_name_head, "cell_colour": self.cell_colour_head}
         for key, head in heads.items():
             head.requires_grad_(key in self.weights)
+        if not self.weights.keys() & {"concept", "cell_name"}:
+            self.concept_weights.requires_grad_(False)
+        decoder = self.model.mask_decoder
+        for key, part in {"concept": decoder.semantic_head, "iou": decoder.iou_head}.items():
+            part.requires_grad_(key in self.weights)
         if self.freeze_encoder:
             self.model.vision_encoder.requires_grad_(False)
         if not self.loss.mask:
-            self.model.mask_decoder.requires_grad_(False)
+            decoder.requires_grad_(False)
             self.model.prompt_encoder.requires_grad_(False)
 
     def head_keys(self) -> list[str]:
@@ -137,7 +163,7 @@ class RegionObjective(nn.Module):
 
     def concepts(self) -> Tensor:
         """(E, K) weights of the concept space as they are now."""
-        return F.normalize(self.concept_weights.float(), dim=0) * self.concept_scale
+        return scaled_concepts(self.concept_weights, self.concept_scale)
 
     def concept_logits(self, embeds: Tensor) -> Tensor:
         """(..., E) -> (..., K) float32."""
@@ -152,7 +178,7 @@ class RegionObjective(nn.Module):
             "concept": int(self._taught(batch).sum()),
             "colour": int(coloured.sum()),
         }
-        cells = {key: int((batch[f"{key}s"] != IGNORED_NAME).sum()) for key in ("cell_name", "cell_colour")}
+        cells = {key: int((batch[f"{key}s"] != IGNORED_NAME).sum()) for key in LOSS_OF_CELLS}
         counts = {key: float(self.stages * value) for key, value in regions.items()} | cells
         return {key: counts[key] for key in self.weights}
 
@@ -170,30 +196,30 @@ class RegionObjective(nn.Module):
             return losses, metrics
         prompts = Prompts(batch["input_points"], batch["input_labels"], batch["from_box"])
         for stage in range(self.stages):
-            if stage:
-                prompts = self._corrected(output, prompts, batch)  # noqa: F821 - set by the stage before
-            output = self.model(
-                image_embeddings=images,
-                input_points=prompts.points,
-                input_labels=prompts.labels,
-                region_image_index=batch["region_image_index"],
-                return_dict=True,
-            )
-            sums, seen = self._judge(output, prompts.from_box, batch)
-            losses = (
-                {key: losses.get(key, 0.0) + value for key, value in (losses | sums).items()}
-                if stage
-                else losses | sums
-            )
+            answer = self._ask(images, prompts, batch["region_image_index"])
+            sums, seen = self._judge(answer, prompts.from_box, batch)
+            losses |= {key: losses[key] + value if stage else value for key, value in sums.items()}
             metrics |= {f"{key}_corrected" if stage else key: pair for key, pair in seen.items()}
+            if stage + 1 < self.stages:
+                prompts = self._corrected(answer.masks, prompts, batch)
         return losses, metrics
 
-    def _corrected(self, output: TapOutput, prompts: Prompts, batch: dict[str, Tensor]) -> Prompts:
-        """Prompts with points added where the best mask is wrong."""
+    def _ask(self, images: Tensor, prompts: Prompts, region_image_index: Tensor) -> Answer:
+        output: Any = self.model(
+            image_embeddings=images,
+            input_points=prompts.points,
+            input_labels=prompts.labels,
+            region_image_index=region_image_index,
+            return_dict=True,
+        )
+        masks = output.pred_masks.float()
+        return Answer(masks, output.iou_scores, output.semantic_tokens, output.semantic_embeds, output.slots)
+
+    def _corrected(self, answered: Tensor, prompts: Prompts, batch: dict[str, Tensor]) -> Prompts:
+        """Prompts with points added where the best of the answered masks (N, S, h, w) is wrong."""
         masks = batch["masks"] > 127
-        best = true_iou(output.pred_masks.float(), masks)
-        slots = training_slots(-best, prompts.from_box)
-        predicted = take_slots(output.pred_masks, slots) > 0
+        slots = training_slots(-true_iou(answered, masks), prompts.from_box)
+        predicted = take_slots(answered, slots) > 0
         generator = torch.Generator().manual_seed(int(batch["seed"]))
         return self.sampler.correct(prompts, masks, predicted, generator)
 
@@ -214,35 +240,36 @@ class RegionObjective(nn.Module):
             sums["cell_colour"] = F.cross_entropy(logits, batch["cell_colours"][known], reduction="sum")
         return sums, metrics
 
-    def _judge(self, output: TapOutput, from_box: Tensor, batch: dict[str, Tensor]) -> tuple[Sums, Metrics]:
+    def _judge(self, answer: Answer, from_box: Tensor, batch: dict[str, Tensor]) -> tuple[Sums, Metrics]:
         """One answer to the prompts."""
-        logits = output.pred_masks.float()
         cover = batch["masks"].float() / 255
         inside = cover > 0.5
-        losses = mask_loss(logits, cover if self.loss.pixel == "soft" else inside, self.loss.pixel)
-        ious = true_iou(logits, inside)
+        losses = mask_loss(answer.masks, cover if self.loss.pixel == "soft" else inside, self.loss.pixel)
+        ious = true_iou(answer.masks, inside)
         slots = training_slots(losses, from_box)
         weights = self._slot_weights(slots, from_box)  # (N, S)
         sums = {
             "mask": take_slots(losses, slots).sum(),
-            "iou": ((output.iou_scores - ious).square() * weights).sum(),
+            "iou": ((answer.scores - ious).square() * weights).sum(),
+            "concept": (self._concept_losses(answer.embeds, batch) * weights).sum(),
+            "colour": self._colour_loss(take_slots(answer.tokens, slots), batch["colours"]),
         }
-        names, taught = batch["names"], self._taught(batch)
-        concept = self._concept_losses(output.semantic_embeds, batch)
-        sums["concept"] = (concept * weights).sum()
-        known = ~batch["colours"].isnan()
-        colour = F.binary_cross_entropy_with_logits(
-            self.colour_head(take_slots(output.semantic_tokens, slots)).float(), batch["colours"].nan_to_num(),
-            reduction="none",
-        )  # fmt: skip
-        sums["colour"] = (colour * known).sum()
-        guesses = self.concept_logits(take_slots(output.semantic_embeds, output.slots)).argmax(-1)
-        routed = take_slots(ious, output.slots)
+        guesses = self.concept_logits(take_slots(answer.embeds, answer.slots)).argmax(-1)
+        right, named = guesses == batch["names"], batch["names"] != IGNORED_NAME
+        routed = take_slots(ious, answer.slots)
         metrics: Metrics = {}
         for key, rows in (("box", from_box), ("point", ~from_box)):
             metrics[f"iou/{key}"] = routed[rows].sum(), rows.sum()
-            metrics[f"name/{key}"] = (guesses == names)[rows].sum(), (rows & taught).sum()
+            metrics[f"name/{key}"] = right[rows].sum(), (rows & named).sum()
         return {key: value for key, value in sums.items() if key in self.weights}, metrics
+
+    def _colour_loss(self, tokens: Tensor, colours: Tensor) -> Tensor:
+        """Sum over regions and colour words; tokens (N, D), colours (N, C) with NaN where unknown."""
+        known = ~colours.isnan()
+        losses = F.binary_cross_entropy_with_logits(
+            self.colour_head(tokens).float(), colours.nan_to_num(), reduction="none"
+        )
+        return (losses * known).sum()
 
     def _concept_losses(self, embeds: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(N, S) divergence of every slot's concepts from the teacher's, 0 where there is no teacher."""
@@ -253,7 +280,8 @@ class RegionObjective(nn.Module):
         if "teacher" not in batch:
             return by_name
         taught = ~batch["teacher"].isnan().any(1)
-        targets = self.concept_logits(batch["teacher"].nan_to_num()).log_softmax(-1)  # (N, K)
+        with torch.no_grad(), torch.autocast(embeds.device.type, enabled=False):  # targets stay, and stay exact
+            targets = self.concept_logits(batch["teacher"].nan_to_num()).log_softmax(-1)  # (N, K)
         by_teacher = concept_kl(logits, targets[:, None].expand_as(logits))
         return torch.where(taught[:, None], by_teacher, by_name)
 
@@ -265,3 +293,8 @@ class RegionObjective(nn.Module):
         others = torch.ones_like(routed)
         others[:, 0] = 0
         return torch.where(from_box[:, None], routed, others / others.sum(1, keepdim=True))
+
+
+def scaled_concepts(weights: Tensor, lengths: Tensor) -> Tensor:
+    """(E, K) directions and (K,) lengths -> (E, K) weights of a concept space."""
+    return F.normalize(weights.float(), dim=0) * lengths

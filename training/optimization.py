@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from tap_llm.errors import InputError
 
 from .config import OptimizerConfig
 
+SCHEDULES = ("cosine", "linear", "constant")
 _LAYER = re.compile(r"vision_encoder\.layers\.(\d+)\.")
 _MATRIX = re.compile(r"(qkv|[qkvo]_proj|proj|fc1|fc2)\.weight$")
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -27,10 +28,9 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, sharded: bool =
         sharded: parameters will be sharded (FSDP, DeepSpeed).
 
     Raises:
-        InputError: an unknown optimiser, or Muon for sharded parameters.
+        InputError: settings that cannot be, Muon for sharded parameters, or nothing to train.
     """
-    if config.name not in ("adamw", "muon"):
-        raise InputError(f"optimizer.name must be adamw or muon, got {config.name!r}")
+    check_optimizer(config)
     if config.name == "muon" and sharded:
         raise InputError("Muon needs whole matrices: use optimizer.name=adamw with FSDP and DeepSpeed")
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -46,11 +46,32 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, sharded: bool =
     matrices = _groups(groups, True, config.matrix_learning_rate)
     optimizers: list[Optimizer] = []
     if rest:
-        first, second = config.betas
-        optimizers.append(AdamW(rest, lr=config.learning_rate, betas=(first, second)))
+        optimizers.append(AdamW(rest, lr=config.learning_rate, betas=(config.betas[0], config.betas[1])))
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.matrix_learning_rate, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(_muon(matrices, config.matrix_learning_rate))
+    if not optimizers:
+        raise InputError("nothing is left to train: all parts are frozen, or have no loss")
     return optimizers
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raise InputError for settings that cannot be."""
+    if config.name not in ("adamw", "muon"):
+        raise InputError(f"optimizer.name must be adamw or muon, got {config.name!r}")
+    if config.schedule not in SCHEDULES:
+        raise InputError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise InputError(f"optimizer.betas must be two numbers from 0 to below 1, got {config.betas}")
+    if config.warmup < 0:
+        raise InputError(f"optimizer.warmup must not be negative, got {config.warmup}")
+
+
+def _muon(groups: list[dict], rate: float) -> Optimizer:
+    try:
+        from torch.optim import Muon
+    except ImportError:
+        raise InputError("optimizer.name=muon needs torch 2.9 or later; use adamw") from None
+    return Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw")
 
 
 def _groups(groups: dict[tuple[bool, float, float], list[Tensor]], matrices: bool, rate: float) -> list[dict]:
@@ -90,9 +111,6 @@ def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Factor on the peak learning rates at a step (from 0).
 
     Warm-up a + (1 - a) * (s + 1) / W as long as s < W; then down to `min_factor` along a cosine or a line, or none.
-
-    Raises:
-        InputError: an unknown schedule.
     """
     warmup = min(config.warmup, steps)
     if step < warmup:
@@ -101,8 +119,6 @@ def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     done = (step - warmup) / max(1, steps - warmup)
     if config.schedule == "constant":
         return 1.0
-    if config.schedule not in ("cosine", "linear"):
-        raise InputError(f"optimizer.schedule must be cosine, linear or constant, got {config.schedule!r}")
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.min_factor + (1 - config.min_factor) * left
 

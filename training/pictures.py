@@ -77,7 +77,7 @@ def draw_captions(objective: Any, batch: dict[str, Tensor], processor: TapProces
     masks = take_slots(output.pred_masks, output.slots).float().cpu()
     owners, tiles = batch["region_image_index"][rows].tolist(), []
     for image, pixels in enumerate(_pixels(batch["pixel_values"][:images])):
-        results = [
+        results: list[dict[str, Any]] = [
             {"mask": (_scaled(masks[row], pixels) > 0).numpy(), "caption": captions[row]}
             for row, owner in enumerate(owners)
             if owner == image

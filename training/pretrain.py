@@ -13,15 +13,15 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tap_llm.concepts import ConceptSpace
 
 from .config import OptimizerConfig, RunConfig, main_of, to_dict
 from .examples import DataConfig, Pictures, RegionBatches
-from .loop import Recipe, fit
+from .loop import Recipe, check, fit
 from .models import ModelConfig, build_tap, save_tap
-from .objective import HEADS_FILE, LossConfig, PromptConfig, RegionObjective
+from .objective import HEADS_FILE, LossConfig, PromptConfig, RegionObjective, scaled_concepts
 from .pictures import draw_masks
 
 VALIDATION_SEED, VALIDATION_BATCHES = 10**6, 12
@@ -42,15 +42,16 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> Path:
     """Train; returns the folder of the finished model."""
     run = config.run
+    check(run, config.optimizer)
     set_seed(run.seed)
     pictures = Pictures(config.data, run.seed)
-    tap, processor, concepts = build_tap(config.model, pictures.names)
+    tap, processor, concepts = build_tap(config.model, pictures.names())
     objective = RegionObjective(
         tap.model, concepts, config.model.learn_concepts, config.prompts, config.loss, config.model.freeze_encoder
     )
     objective.load_heads(config.model.start)
     if run.gradient_checkpointing:
-        tap.gradient_checkpointing_enable()
+        tap.activation_checkpointing_enable()
     if run.compile:
         tap.model.vision_encoder.compile()
         tap.model.mask_decoder.compile()
@@ -61,12 +62,12 @@ def main(config: PretrainConfig) -> Path:
             length, source.seed,
         )  # fmt: skip
 
-    validation = batches(Pictures(config.data, VALIDATION_SEED), VALIDATION_BATCHES)
+    validation = batches(pictures.reseeded(VALIDATION_SEED), VALIDATION_BATCHES)
 
-    def save(trained: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    def save(state: dict[str, Tensor], folder: Path) -> None:
         ours = {key: value for key, value in state.items() if key.startswith("model.")}
-        learned = ConceptSpace(concepts.names, trained.concepts(), concepts.info)  # type: ignore[operator]
-        save_tap(folder, tap, ours, processor, learned, config.model.half)
+        weights = scaled_concepts(state["concept_weights"], state["concept_scale"])
+        save_tap(folder, tap, ours, processor, ConceptSpace(concepts.names, weights, concepts.info), config.model.half)
         save_file({key: state[key].cpu() for key in objective.head_keys()}, folder / HEADS_FILE)
 
     recipe = Recipe(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..regions import read_mask, parse_region
+from ..regions import parse_region, read_mask
 
 if TYPE_CHECKING:
     from .samples import RegionSample

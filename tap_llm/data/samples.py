@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import InputError
-from ..images import open_header, load_image
+from ..images import load_image, open_header
 from ..masks import BoolArray, encode_rle, mask_to_box
-from ..regions import Region, read_mask, parse_region, region_to_json
+from ..regions import Region, parse_region, read_mask, region_to_json
 from .checks import named, region_name, sample_problems, type_problems
 
 REGION_COLUMNS = ("id", "box", "points", "labels", "sketch", "mask", "category", "captions", "attributes")

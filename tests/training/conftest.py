@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from tap_llm.concepts import ConceptSpace
+from tap_llm.data.shapes import SHAPE_NAMES
+from tap_llm.tap.modeling_tap import TapForConditionalGeneration
+from tap_llm.tap.processing_tap import TapProcessor
+from training.config import from_dict
+from training.models import ModelConfig, build_tap
 
 MODEL = {
     "variant": "tiny",
@@ -37,3 +49,29 @@ def settings(tmp_path: Any) -> dict[str, Any]:
             "checkpoint_every": 2, "evaluate_every": 4, "log_every": 1, "tensorboard": False,
         },
     }  # fmt: skip
+
+
+@pytest.fixture
+def tiny() -> tuple[TapForConditionalGeneration, TapProcessor, ConceptSpace]:
+    """A miniature TAP with fresh weights, its processor, and a space of the names of shapes."""
+    torch.manual_seed(0)
+    return build_tap(from_dict(ModelConfig, MODEL), SHAPE_NAMES)
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Ten pictures of 60 x 40 pixels; number i shows i % 3 + 1 squares in their own grey, named after the picture."""
+    lines = []
+    for number in range(10):
+        pixels = np.full((40, 60, 3), 10 * number, dtype=np.uint8)
+        regions: list[dict[str, Any]] = []
+        for place in range(number % 3 + 1):
+            x, y, side = 4 + 18 * place, 5 + 3 * place, 9 + place
+            pixels[y : y + side, x : x + side] = 120 + place
+            corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+            words = [f"grey square {place} of picture {number}"]
+            regions.append({"mask": [corners], "category": f"Square {number}", "captions": words})
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "regions": regions}))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    return tmp_path / "samples.jsonl"
