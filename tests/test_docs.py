@@ -80,8 +80,7 @@ def undo_last_step(folder: Path) -> None:
 def run_training(command: list[str], marker: str) -> None:
     words = marker.split()
     module, arguments = launched(command)
-    first = next(place for place, text in enumerate(arguments) if "=" in text)
-    arguments[first:first] = [word for word in words if "=" in word]
+    arguments += [word for word in words if "=" in word]  # the last one wins
     config = read_configuration(module, arguments)
     if "parsed" in words:
         return

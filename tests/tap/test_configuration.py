@@ -56,7 +56,7 @@ def test_overrides_win_and_leave_the_size_as_it_is() -> None:
     assert (config.text_config.vocab_size, config.text_config.hidden_size) == (300, 128)
     assert config.text_config.pad_token_id == 299
     assert config.vision_config.drop_path_rate == 0.1
-    assert TapConfig.from_variant("tiny").text_config.vocab_size == 512
+    assert TapConfig.from_variant("tiny").text_config.vocab_size == 1024
 
 
 def test_unknown_size() -> None:

@@ -138,7 +138,7 @@ def test_windows_in_chunks_give_the_same_embeddings(monkeypatch: pytest.MonkeyPa
     pixels = torch.randn(2, 3, 256, 256)
     with torch.no_grad():
         whole = encoder(pixels).last_hidden_state
-        monkeypatch.setattr("tap_llm.tap.vision_encoder.CPU_CHUNK_BYTES", 3 * 64 * 384 * 4)  # three windows
+        monkeypatch.setattr("tap_llm.tap.vision_encoder.CPU_CHUNK_BYTES", 3 * 64 * 512 * 4)  # three windows
         calls: list[int] = []
         encoder.layers[0].attention.register_forward_hook(lambda _m, inputs, _o: calls.append(len(inputs[0])))
         torch.testing.assert_close(encoder(pixels).last_hidden_state, whole, rtol=0, atol=1e-5)

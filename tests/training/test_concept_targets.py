@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState, debug_launcher
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from tap_llm.data.targets import ConceptTeacher, TargetCache
 from training.concept_targets import main, make_targets, parse_args
 
+ROOT = Path(__file__).resolve().parents[2]
 SIDE, PICTURES = 16, 24
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -77,32 +77,37 @@ def test_targets_of_a_file(whole: Path, data: Path, clip_folder: Path) -> None:
     torch.testing.assert_close(cache[5, 1].float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_two_processes_make_the_same_targets(
-    whole: Path, data: Path, clip_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    PartialState._reset_state()  # the fork would inherit that this is the only process
-    debug_launcher(make_targets, (parse_args(arguments(data, clip_folder, tmp_path)),), num_processes=2)
-    assert "2 processes" in capfd.readouterr().out
+def in_fresh_process(*command: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: a fork of one whose torch has threads may crash."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_make_the_same_targets(whole: Path, data: Path, clip_folder: Path, tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training.concept_targets")
+    done = in_fresh_process(*launch, *arguments(data, clip_folder, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
     assert shards(tmp_path) == shards(whole)
 
 
-def test_killed_and_run_again(
-    whole: Path, data: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+DIES_BEFORE_THE_FIFTH_SHARD = """
+import os, signal, sys
+from training import concept_targets
+replace, calls = os.replace, iter(range(6))
+def replace_or_die(*paths):
+    if next(calls) == 5:  # the index, four shards, and now the fifth shard
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+os.replace = replace_or_die
+concept_targets.make_targets(concept_targets.parse_args(sys.argv[1:]))
+"""
+
+
+def test_killed_and_run_again(whole: Path, data: Path, clip_folder: Path, tmp_path: Path) -> None:
     given = parse_args(arguments(data, clip_folder, tmp_path))
-    replace, calls = os.replace, iter(range(6))
-
-    def replace_or_die(*paths: Path) -> None:
-        if next(calls) == 5:  # the index, four shards, and now the fifth shard
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(*paths)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_or_die)
-        process = multiprocessing.get_context("fork").Process(target=make_targets, args=(given,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    done = in_fresh_process("-c", DIES_BEFORE_THE_FIFTH_SHARD, *arguments(data, clip_folder, tmp_path))
+    assert done.returncode == -signal.SIGKILL
     before = shards(tmp_path)
     assert len(before) == 4 < len(shards(whole))
     make_targets(given)
