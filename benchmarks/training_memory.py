@@ -3,11 +3,11 @@
     python benchmarks/training_memory.py [--variant vit_b] [--recipe pretrain caption] [--batch 1] [--regions 8]
         [--precision bf16 no] [--checkpointing off on] [--steps 1] [--threads 1]
 
-Random weights, drawn scenes or random captions of the greatest length, AdamW, the step of `training.loop`. A line tells
-the time of a step (on CPUs processor seconds, which other work on the machine does not change much), its peak (on CPUs
-of the whole process, libraries included; on a GPU what torch allocated), the activations that the forward pass keeps
-for the backward pass, counted tensor by tensor, and what a GPU would need, computed from them. With `--steps 0` only
-the forward pass runs: sizes that do not fit can still be counted.
+Random weights, drawn scenes or random captions of the greatest length, AdamW, the step of `training.stepper`. A line
+tells the time of a step (on CPUs processor seconds, which other work on the machine does not change much), its peak (on
+CPUs of the whole process, libraries included; on a GPU what torch allocated), the activations that the forward pass
+keeps for the backward pass, counted tensor by tensor, and what a GPU would need, computed from them. With `--steps 0`
+only the forward pass runs: sizes that do not fit can still be counted.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from tap_llm.data.shapes import SHAPE_NAMES
 from training.captioning import CaptionLossConfig, CaptionObjective
 from training.config import OptimizerConfig, RunConfig
 from training.examples import DataConfig, Pictures, RegionBatches
-from training.loop import _Stepper
 from training.models import ModelConfig, build_tap
 from training.objective import LossConfig, PromptConfig, RegionObjective
 from training.optimization import build_optimizers, set_learning_rates
 from training.precision import autocast, start_accelerator
+from training.stepper import Stepper
 
 CONCEPTS = 2560  # of the official concept space
 CAPTION_IDS = 40
@@ -136,7 +136,7 @@ def measure(case: Case) -> dict[str, float]:
     kept, operations = forward_cost(accelerator, model, batches[0], run.precision)
     gc.collect()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    stepper, seconds = _Stepper(accelerator, model, optimizers, trainee, run), float("nan")
+    stepper, seconds = Stepper(accelerator, model, optimizers, trainee, run), float("nan")
     if case["steps"]:
         allocate_states(model, optimizers)
     for step in range(case["steps"]):

@@ -36,7 +36,8 @@ def validate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="coco, lvis, visual_genome, grit, refcoco, sa1b, jsonl or parquet. [default: by the content]",
+            help="coco, lvis, visual_genome, grit, refcoco, sa1b, jsonl, parquet, flickr30k, osprey, llava, shikra, "
+            "vcr or gar. [default: by the content]",
         ),
     ] = None,
 ) -> None:

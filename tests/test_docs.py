@@ -142,6 +142,8 @@ MESSAGES = [
     ("samples: there is no file or folder x.jsonl", ["data.samples=[x.jsonl]"]),
     ("data.samples: found no region with a caption in 1000 draws", ["data.samples=[bare.jsonl]"]),
     ("100 of 100 samples are broken: broken.jsonl, line ", ["data.samples=[broken.jsonl]"]),
+    ("good.jsonl has no sample to train on that data.sample_hold_out leaves to it", ["data.sample_hold_out=20"]),
+    ("stopped at step 2: not finite: loss/caption", ["run.steps=2", "optimizer.learning_rate=1e30"]),
     (
         "runs/old holds a run that reached step 5: go on with --resume, or choose another run.output_dir",
         ["run.output_dir=runs/old"],
@@ -174,20 +176,26 @@ def test_messages(broken_things: Path, capsys: pytest.CaptureFixture[str], messa
     with pytest.raises(SystemExit) as stopped:
         train("training.caption", [*config, *short, *samples, *arguments] if config else arguments)
     assert stopped.value.code == 2
-    printed = capsys.readouterr().err.splitlines()[-1]
-    assert message in printed
+    printed = capsys.readouterr().err.removesuffix("\n").split("\n")[-1]
+    assert message in printed and "\r" not in printed  # a line of its own, not behind the progress bar
     quoted = re.findall(r"^\| `(.*?)` \|", FINETUNE, re.M)
     patterns = [".*".join(re.escape(part) for part in text.split("…")) for text in quoted]
     assert any(re.search(pattern, printed) for pattern in patterns), "the tutorial does not speak of this message"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_links_and_files(page: Path) -> None:
+def test_links(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    files = re.findall(r"\b(?:configs|training|benchmarks|tap_llm)/[\w/]+\.(?:yaml|py|md)\b", text)
-    missing = [link for link in links if link and not (page.parent / link).exists()]
-    assert missing + [file for file in files if not (ROOT / file).exists()] == []
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["docs", "configs", "training", "eval", "benchmarks"])
+def test_files_that_texts_name_are_there(folder: str) -> None:
+    texts = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".py", ".yaml")]
+    pattern = re.compile(r"(?<![\w/.])(?:configs|docs|training|eval|benchmarks|tap_llm)/[\w/]+\.(?:yaml|py|md)\b")
+    named = {(path.name, file) for path in texts for file in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

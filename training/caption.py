@@ -1,6 +1,6 @@
 """Train TAP's caption decoder on a frozen TAP (arXiv:2312.09128, section 3.3).
 
-    accelerate launch -m training.caption --config configs/tap_tiny/3_captions.yaml [key=value …] [--resume]
+    accelerate launch -m training.caption --config configs/tap_tiny/5_captions.yaml [key=value …] [--resume]
 
 Regions are prompted half by their box, half by points of the mask that is predicted for it. Data needs boxes and
 captions, no masks.
@@ -17,31 +17,30 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from tap_llm.errors import InputError
+from tap_llm.hub import home
 from tap_llm.tap.caption_decoder import TapCaptionDecoder
 from tap_llm.tap.modeling_tap import TapForConditionalGeneration
 from tap_llm.tap.processing_tap import TapProcessor
+from tap_llm.tap.tokenization import TOKENIZER_FILE_NAME
 
 from .captioning import CaptionBatches, CaptionLossConfig, CaptionObjective
-from .config import OptimizerConfig, RunConfig, main_of, to_dict
-from .examples import DataConfig, Pictures
-from .loop import Recipe, check, fit
-from .models import ModelConfig, build_tap, save_tap
+from .config import main_of, to_dict
+from .loop import check, fit
+from .models import build_tap, save_tap
 from .pictures import draw_captions
+from .recipe import VALIDATION_BATCHES, Recipe, RecipeConfig
+from .sources import Pictures
 from .tokenizers import train_tokenizer
 
-VALIDATION_SEED, VALIDATION_BATCHES = 10**6, 12
 TOKENIZER_PICTURES = 2000  # whose captions a new tokenizer is trained on
 
 
 @dataclass
-class CaptionConfig:
+class CaptionConfig(RecipeConfig):
     """Configuration of this recipe."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     loss: CaptionLossConfig = field(default_factory=CaptionLossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
     fresh_decoder: bool = True
     """Start the caption decoder from random weights, as TAP does; false goes on with the one that is there."""
     dropout: float = 0.1
@@ -55,7 +54,7 @@ def main(config: CaptionConfig) -> Path:
     set_seed(run.seed)
     tap, processor, concepts = build_tap(config.model, ["unknown"])
     pictures = Pictures(config.data, run.seed, captioned=True)
-    processor = with_tokenizer(processor, tap, pictures, run)
+    processor = with_tokenizer(processor, tap, pictures, config)
     prepare_decoder(tap, config)
     if run.gradient_checkpointing:
         tap.caption_decoder.activation_checkpointing_enable()
@@ -66,7 +65,7 @@ def main(config: CaptionConfig) -> Path:
             config.loss.max_length, length,
         )  # fmt: skip
 
-    validation = batches(pictures.reseeded(VALIDATION_SEED), VALIDATION_BATCHES)
+    validation = batches(pictures.for_validation(), VALIDATION_BATCHES)
 
     def save(state: dict[str, Tensor], folder: Path) -> None:
         ours = {key.removeprefix("tap."): value for key, value in state.items()}
@@ -84,11 +83,22 @@ def main(config: CaptionConfig) -> Path:
 
 
 def with_tokenizer(
-    processor: TapProcessor, tap: TapForConditionalGeneration, pictures: Pictures, run: RunConfig
+    processor: TapProcessor, tap: TapForConditionalGeneration, pictures: Pictures, config: CaptionConfig
 ) -> TapProcessor:
-    """The processor with a tokenizer: its own, or a new one for the captions of the data."""
+    """The processor with a tokenizer: its own, or a new one for the captions of the data.
+
+    Raises:
+        InputError: there is none, and a decoder that goes on knows no other.
+    """
     if processor.tokenizer is not None:
         return processor
+    if not config.fresh_decoder:
+        raise InputError(
+            f"model.start={config.model.start} has no tokenizer, without which its caption decoder cannot go on: put "
+            f"the tokenizer where it belongs (for official models {home() / 'downloads' / TOKENIZER_FILE_NAME}), or "
+            "start anew with fresh_decoder=true"
+        )
+    run = config.run
     captions = (
         caption for number in range(TOKENIZER_PICTURES) for texts in pictures[number].captions for caption in texts
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from tap_llm.data.crops import ConceptTeacher
 from tap_llm.data.readers import open_samples
-from tap_llm.data.targets import SHARD_SIZE, ConceptTeacher, TargetCache, build_target_cache
+from tap_llm.data.target_cache import SHARD_SIZE, TargetCache, build_target_cache
 from tap_llm.errors import InputError
 from tap_llm.loading import parse_dtype
 

@@ -6,20 +6,19 @@ resumed run therefore sees the data, the prompts and the dropout masks of the un
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tap_llm.errors import InputError
 
@@ -31,44 +30,8 @@ from .files import complete_folder
 from .journal import Journal
 from .optimization import build_optimizers, check_optimizer, schedule_factor, set_learning_rates
 from .precision import autocast, check_together, configure_deepspeed, is_sharded, start_accelerator
-
-Sums = dict[str, Tensor]
-Metrics = dict[str, tuple[Tensor, Tensor]]
-
-
-class Trainee(Protocol):
-    """What a recipe trains: a module whose forward gives sums over rows, so that means are exact over processes."""
-
-    def __call__(self, **batch: Any) -> tuple[Sums, Metrics]:
-        """Sum of each loss over the rows of the batch, and metrics as (sum, count)."""
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """Rows that each loss is a mean over."""
-
-    weights: dict[str, float]
-    """Factor on each loss."""
-
-
-@dataclass
-class Recipe:
-    """A recipe's parts, handed to [`fit`].
-
-    Args:
-        trainee: see [`Trainee`].
-        batches: micro-batch n of the whole run, over all processes.
-        validation: batches for validation; the same at every time.
-        save: writes the finished model into a folder, given the whole state dict of the trainee. One process does
-            it, so it must not touch the trainee's own weights, of which it may have a part only.
-        better: name of the validation metric that says which model is the best (higher is better).
-        pictures: predictions to look at in TensorBoard, {title: (H, W, 3) uint8}, given the unwrapped trainee.
-    """
-
-    trainee: nn.Module
-    batches: Batches
-    validation: Batches
-    save: Callable[[dict[str, Tensor], Path], None]
-    better: str
-    pictures: Callable[[nn.Module], dict[str, Any]] | None = None
+from .recipe import Recipe
+from .stepper import Stepper, any_process, not_finite
 
 
 def check(run: RunConfig, optimizer: OptimizerConfig) -> None:
@@ -105,52 +68,97 @@ def fit(recipe: Recipe, run: RunConfig, optimizer: OptimizerConfig, settings: di
         The folder of the finished model.
 
     Raises:
-        InputError: the output folder holds another run, or there is nothing to resume.
+        InputError: the output folder holds another run, or there is nothing to resume; data that cannot be used; or
+            a loss or the gradients are not finite, after which nothing is saved.
         KeyboardInterrupt: interrupted; a checkpoint was written before.
     """
     check(run, optimizer)
     accelerator = start_accelerator(run)
     check_together(accelerator, run, optimizer)
     set_seed(run.seed)
-    checkpoints = Checkpoints(accelerator, Path(run.output_dir), run.keep_checkpoints, settings)
-    start = checkpoints.find_start(run.resume)
-    model, optimizers = _prepare(accelerator, recipe.trainee, run, optimizer)
-    average = MovingAverage(model, run.ema_decay)
-    accelerator.register_for_checkpointing(average)
-    best = checkpoints.load(start)
-    model.train()  # tells the trainee, which may keep frozen parts in eval mode
-    journal = Journal(accelerator, checkpoints.folder, start, run.steps, run.tensorboard)
-    stepper = _Stepper(accelerator, model, optimizers, recipe.trainee, run)
-    delivery = deliver(recipe.batches, _numbers(accelerator, run, start), run.workers, journal.tell)
+    return _Fit(accelerator, recipe, run, optimizer, settings).train()
 
-    with closing(journal), _Interrupt() as interrupt, closing(delivery) as batches:
-        for step in range(start, run.steps):
-            waited = time.perf_counter()
-            window = [next(batches) for _ in range(run.accumulation)]
-            waited = time.perf_counter() - waited
-            factor = schedule_factor(step, run.steps, optimizer)
-            set_learning_rates(optimizers, factor)
-            losses, metrics = stepper.step(window, step)
-            average.update(model, step)
-            done = step + 1
-            journal.step(done, losses, metrics, factor, waited, log=done % run.log_every == 0 or done == run.steps)
-            stop = _any_process(accelerator, interrupt.requested)
-            if _due(done, run.evaluate_every, run.steps):
-                with average.swapped_in(model):
-                    scores = validate(accelerator, model, recipe.validation, run)
-                    journal.tell(recipe.validation.take_problems())
-                    journal.validation(done, scores, _pictures(recipe, accelerator, model))
-                    if scores[recipe.better] > best:
-                        best = scores[recipe.better]
-                        _save(accelerator, recipe, model, checkpoints.folder / "best")
-            if _due(done, run.checkpoint_every, run.steps) or stop:
-                checkpoints.save(done, best)
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {done}; go on with --resume")
-    final = checkpoints.folder / "final"
-    with average.swapped_in(model):
-        _save(accelerator, recipe, model, final)
-    return final
+
+class _Fit:
+    """A run under way; see [`fit`]."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        run: RunConfig,
+        optimizer: OptimizerConfig,
+        settings: dict[str, Any],
+    ) -> None:
+        self.accelerator, self.recipe, self.run, self.optimizer = accelerator, recipe, run, optimizer
+        self.checkpoints = Checkpoints(accelerator, Path(run.output_dir), run.keep_checkpoints, settings)
+        self.start = self.checkpoints.find_start(run.resume)
+        self.model, self.optimizers = _prepare(accelerator, recipe.trainee, run, optimizer)
+        self.average = MovingAverage(self.model, run.ema_decay)
+        accelerator.register_for_checkpointing(self.average)
+        self.best = self.checkpoints.load(self.start)
+        self.model.train()  # tells the trainee, which may keep frozen parts in eval mode
+        self.stepper = Stepper(accelerator, self.model, self.optimizers, recipe.trainee, run)
+        self.journal = Journal(accelerator, self.checkpoints.folder, self.start, run.steps, run.tensorboard)
+
+    def train(self) -> Path:
+        """All steps that are left; returns the folder of the finished model."""
+        run, numbers = self.run, _numbers(self.accelerator, self.run, self.start)
+        delivery = deliver(self.recipe.batches, numbers, run.workers, self.journal.tell)
+        with closing(self.journal), _Interrupt() as interrupt, closing(delivery) as batches:
+            for step in range(self.start, run.steps):
+                self._step(step, batches)
+                done = step + 1
+                stop = any_process(self.accelerator, interrupt.requested)
+                if _due(done, run.evaluate_every, run.steps):
+                    self._evaluate(done)
+                if _due(done, run.checkpoint_every, run.steps) or stop:
+                    self.checkpoints.save(done, self.best)
+                if stop:
+                    raise KeyboardInterrupt(f"stopped after step {done}; go on with --resume")
+        with self.average.swapped_in(self.model):
+            return self._save("final")
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One step."""
+        run, began = self.run, time.perf_counter()
+        window = [next(batches) for _ in range(run.accumulation)]
+        waited = time.perf_counter() - began
+        factor = schedule_factor(step, run.steps, self.optimizer)
+        set_learning_rates(self.optimizers, factor)
+        losses, metrics = self.stepper.step(window, step)
+        self.average.update(self.model, step)
+        done = step + 1
+        self.journal.step(done, losses, metrics, factor, waited, log=_due(done, run.log_every, run.steps))
+
+    def _evaluate(self, done: int) -> None:
+        """Validate, and keep the model if it is the best so far."""
+        recipe, accelerator = self.recipe, self.accelerator
+        with self.average.swapped_in(self.model):
+            scores = validate(accelerator, self.model, recipe.validation, self.run)
+            self.journal.tell(recipe.validation.take_problems())
+            if broken := [f"validation/{name}" for name, score in scores.items() if not math.isfinite(score)]:
+                raise not_finite(done, broken)  # before a checkpoint is made of it
+            self.journal.validation(done, scores, self._pictures())
+            if scores[recipe.better] > self.best:
+                self.best = scores[recipe.better]
+                self._save("best")
+
+    def _pictures(self) -> dict[str, Any]:
+        """Pictures of predictions; sharded weights cannot be used by one process alone."""
+        if self.recipe.pictures is None or is_sharded(self.accelerator) or not self.accelerator.is_main_process:
+            return {}
+        return self.recipe.pictures(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def _save(self, name: str) -> Path:
+        """Write the model in the form that `from_pretrained` reads; sharded weights are gathered first."""
+        folder = self.checkpoints.folder / name
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            with complete_folder(folder) as part:
+                self.recipe.save(state, part)
+        self.accelerator.wait_for_everyone()
+        return folder
 
 
 def _prepare(
@@ -188,60 +196,6 @@ def validate(accelerator: Accelerator, model: nn.Module, batches: Batches, run: 
     return {name: float(value / count.clamp(min=1)) for name, (value, count) in totals.items()}
 
 
-class _Stepper:
-    """One optimiser step over a window of micro-batches."""
-
-    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizers: list, trainee: Any, run: RunConfig):
-        self.accelerator, self.model, self.optimizers = accelerator, model, optimizers
-        self.trainee, self.run = trainee, run
-
-    def step(self, window: list[Batch], step: int) -> tuple[Sums, Metrics]:
-        """Losses (means over the rows of all processes, as this process sees its share) and metrics of the step."""
-        accelerator, run = self.accelerator, self.run
-        totals = self._global_counts(window)
-        # The mean over processes and micro-batches that DDP and Accelerate take is undone: see the counts.
-        scale = accelerator.num_processes * run.accumulation
-        seen: Sums = {}
-        metrics: Metrics = {}
-        norm: Any = None
-        for position, batch in enumerate(window):
-            batch = send_to_device(batch, accelerator.device)
-            number = (step * run.accumulation + position) * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(run.seed * 1_000_003 + number)
-            with accelerator.accumulate(self.model):
-                with autocast(accelerator, run.precision):
-                    sums, pairs = self.model(**batch)
-                means = {name: value / totals[name] for name, value in sums.items()}
-                loss = torch.stack([self.trainee.weights[name] * mean for name, mean in means.items()]).sum()
-                accelerator.backward(loss * scale)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), run.clip_norm)
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            for name, mean in means.items():
-                seen[name] = seen.get(name, 0.0) + mean.detach()
-            for name, (value, count) in pairs.items():
-                before = metrics.get(name, (0, 0))
-                metrics[name] = before[0] + value.detach(), before[1] + count
-        if norm is not None:
-            metrics["gradient_norm"] = self._whole(norm), torch.ones((), device=accelerator.device)
-        return seen, metrics
-
-    def _whole(self, norm: Any) -> Tensor:
-        """A gradient norm as Accelerate gives it, a number from DeepSpeed and in parts from FSDP, as a plain tensor."""
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return torch.as_tensor(norm, device=self.accelerator.device).detach()
-
-    def _global_counts(self, window: list[Batch]) -> dict[str, Tensor]:
-        """Rows behind each loss in the whole window, over all processes; at least 1."""
-        per_batch = [self.trainee.counts(batch) for batch in window]
-        names = sorted(per_batch[0])
-        local = torch.tensor([sum(counts[name] for counts in per_batch) for name in names], dtype=torch.float32)
-        total = self.accelerator.reduce(local.to(self.accelerator.device), reduction="sum").clamp(min=1)
-        return dict(zip(names, total, strict=True))
-
-
 class _Interrupt:
     """Turns an interrupt or termination signal into a request to stop after the step; a later one stops at once."""
 
@@ -276,25 +230,3 @@ def _numbers(accelerator: Accelerator, run: RunConfig, start: int) -> range:
 
 def _due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
-
-
-def _pictures(recipe: Recipe, accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
-    """Pictures of predictions; sharded weights cannot be used by one process alone."""
-    if recipe.pictures is None or is_sharded(accelerator) or not accelerator.is_main_process:
-        return {}
-    return recipe.pictures(accelerator.unwrap_model(model, keep_torch_compile=False))
-
-
-def _save(accelerator: Accelerator, recipe: Recipe, model: nn.Module, folder: Path) -> None:
-    """Write the model in the form that `from_pretrained` reads; sharded weights are gathered first."""
-    state = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        with complete_folder(folder) as part:
-            recipe.save(state, part)
-    accelerator.wait_for_everyone()

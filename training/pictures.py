@@ -11,23 +11,26 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tap_llm.tap.image_processing_tap import TapImageProcessor
 from tap_llm.tap.outputs import take_slots
 from tap_llm.tap.processing_tap import TapProcessor
 from tap_llm.visualize import draw_regions
 
 from .prompts import Prompts
 
-_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 _WANTED, _PREDICTED = torch.tensor([0.1, 0.9, 0.2]), torch.tensor([0.95, 0.2, 0.9])
 
 
 @torch.no_grad()
-def draw_masks(objective: Any, batch: dict[str, Tensor], images: int = 8) -> dict[str, NDArray[np.uint8]]:
+def draw_masks(
+    objective: Any, batch: dict[str, Tensor], image_processor: TapImageProcessor, images: int = 8
+) -> dict[str, NDArray[np.uint8]]:
     """The first region of each image: outline of the true mask (green) and the predicted mask (pink).
 
     Args:
         objective: the unwrapped trainee, with a TAP `model`.
         batch: of the recipe's data set.
+        image_processor: made the batch's pixels.
         images: how many images to show, side by side.
 
     Returns:
@@ -40,7 +43,7 @@ def draw_masks(objective: Any, batch: dict[str, Tensor], images: int = 8) -> dic
     output = objective.model(**{key: batch[key].to(device) for key in keys}, return_dict=True)
     objective.train(training)
     predicted = take_slots(output.pred_masks, output.slots).float().cpu()
-    pixels = _pixels(batch["pixel_values"][:images])
+    pixels = _pixels(batch["pixel_values"][:images], image_processor)
     owners = batch["region_image_index"].tolist()
     tiles = []
     for image in range(len(pixels)):
@@ -58,7 +61,7 @@ def draw_captions(objective: Any, batch: dict[str, Tensor], processor: TapProces
     Args:
         objective: the unwrapped trainee, with a TAP `tap`.
         batch: of the recipe's data set.
-        processor: decodes captions.
+        processor: made the batch's pixels; decodes captions.
         images: how many images to show, side by side.
 
     Returns:
@@ -76,7 +79,7 @@ def draw_captions(objective: Any, batch: dict[str, Tensor], processor: TapProces
     objective.train(training)
     masks = take_slots(output.pred_masks, output.slots).float().cpu()
     owners, tiles = batch["region_image_index"][rows].tolist(), []
-    for image, pixels in enumerate(_pixels(batch["pixel_values"][:images])):
+    for image, pixels in enumerate(_pixels(batch["pixel_values"][:images], processor.image_processor)):
         results: list[dict[str, Any]] = [
             {"mask": (_scaled(masks[row], pixels) > 0).numpy(), "caption": captions[row]}
             for row, owner in enumerate(owners)
@@ -88,9 +91,10 @@ def draw_captions(objective: Any, batch: dict[str, Tensor], processor: TapProces
     return {"captions": np.concatenate(tiles, axis=1)}
 
 
-def _pixels(pixel_values: Tensor) -> Tensor:
+def _pixels(pixel_values: Tensor, image_processor: TapImageProcessor) -> Tensor:
     """(B, 3, S, S) normalised -> colours in [0, 1], on the CPU."""
-    return (pixel_values.cpu() * _STD[:, None, None] + _MEAN[:, None, None]).clamp(0, 1)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+    return (pixel_values.cpu() * std + mean).clamp(0, 1)
 
 
 def _scaled(mask: Tensor, picture: Tensor) -> Tensor:

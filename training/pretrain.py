@@ -1,6 +1,6 @@
 """Pre-train TAP: masks, scores and concepts from prompts (arXiv:2312.09128, section 3).
 
-    accelerate launch -m training.pretrain --config configs/tap_tiny/pretrain.yaml [key=value …] [--resume]
+    accelerate launch -m training.pretrain --config configs/tap_tiny/3_masks.yaml [key=value …] [--resume]
 
 Each step prompts every region twice: with its box or a point, then with points where the first mask was wrong. Both
 answers are judged by mask, score and concept.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
@@ -17,26 +18,22 @@ from torch import Tensor
 
 from tap_llm.concepts import ConceptSpace
 
-from .config import OptimizerConfig, RunConfig, main_of, to_dict
-from .examples import DataConfig, Pictures, RegionBatches
-from .loop import Recipe, check, fit
-from .models import ModelConfig, build_tap, save_tap
+from .config import main_of, to_dict
+from .examples import RegionBatches
+from .loop import check, fit
+from .models import build_tap, save_tap
 from .objective import HEADS_FILE, LossConfig, PromptConfig, RegionObjective, scaled_concepts
 from .pictures import draw_masks
-
-VALIDATION_SEED, VALIDATION_BATCHES = 10**6, 12
+from .recipe import VALIDATION_BATCHES, Recipe, RecipeConfig
+from .sources import Pictures
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(RecipeConfig):
     """Configuration of this recipe."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
 
 def main(config: PretrainConfig) -> Path:
@@ -62,7 +59,7 @@ def main(config: PretrainConfig) -> Path:
             length, source.seed,
         )  # fmt: skip
 
-    validation = batches(pictures.reseeded(VALIDATION_SEED), VALIDATION_BATCHES)
+    validation = batches(pictures.for_validation(), VALIDATION_BATCHES)
 
     def save(state: dict[str, Tensor], folder: Path) -> None:
         ours = {key: value for key, value in state.items() if key.startswith("model.")}
@@ -70,13 +67,16 @@ def main(config: PretrainConfig) -> Path:
         save_tap(folder, tap, ours, processor, ConceptSpace(concepts.names, weights, concepts.info), config.model.half)
         save_file({key: state[key].cpu() for key in objective.head_keys()}, folder / HEADS_FILE)
 
+    def draw(trained: Any) -> dict[str, Any]:
+        return draw_masks(trained, validation[0], processor.image_processor)
+
     recipe = Recipe(
         trainee=objective,
         batches=batches(pictures),
         validation=validation,
         save=save,
         better="iou/box" if config.loss.mask else "name/cell",
-        pictures=lambda trained: draw_masks(trained, validation[0]) if config.loss.mask else {},
+        pictures=draw if config.loss.mask else None,
     )
     return fit(recipe, run, config.optimizer, to_dict(config))
 

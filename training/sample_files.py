@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tap_llm.data.readers import SampleReader
 from tap_llm.data.samples import RegionSample
-from tap_llm.data.targets import TargetCache
+from tap_llm.data.target_cache import TargetCache
 from tap_llm.errors import InputError
 
 from .views import Picture, known_colours, tight_boxes
@@ -23,7 +24,7 @@ class SampleFile:
         samples: the file.
         prepare: makes a picture of a sample and the teacher's embeddings (N, E) of its regions, if there is one.
         cache: what a teacher said of the regions.
-        hold_out: every so many-th sample is left out, starting with the first; 0 leaves out none.
+        hold_out: every so many-th sample is held out, starting with the first; 0 holds out none.
 
     Raises:
         InputError: the cache is of another file; on access, a broken sample.
@@ -37,47 +38,33 @@ class SampleFile:
         hold_out: int = 0,
     ) -> None:
         self.samples, self.prepare, self.cache, self.hold_out = samples, prepare, cache, hold_out
-        self._problems: list[str] = []
+        numbers = np.arange(len(samples))
+        self.shown = numbers[numbers % hold_out > 0] if hold_out else numbers
         if cache is not None:
             cache.check_data(samples)
 
-    def place_of(self, index: int) -> int | None:
-        """Place of a sample of the file among those that may be shown; None for one that may not."""
-        if not self.hold_out:
-            return index
-        return index - index // self.hold_out - 1 if index % self.hold_out else None
-
-    def _index_of(self, place: int) -> int:
-        """The other way round."""
-        return place + place // (self.hold_out - 1) + 1 if self.hold_out else place
+    def held_out(self) -> SampleFile:
+        """The samples that are held out, in place of the others."""
+        twin = copy.copy(self)
+        twin.shown = np.arange(0, len(self.samples), self.hold_out)
+        return twin
 
     def __len__(self) -> int:
-        count = len(self.samples)
-        return count - -(-count // self.hold_out) if self.hold_out else count
+        return len(self.shown)
 
     def __getitem__(self, place: int) -> Picture:
-        index = self._index_of(place)
+        index = int(self.shown[place])
+        where = self.samples.where(index)
         try:
             sample = self.samples[index]
             return self.prepare(sample, self._embeddings(index, len(sample.regions)))
         except (InputError, OSError) as error:
-            problem = f"{self.where(place)}: {str(error).removeprefix(f'{self.samples.where(index)}: ')}"
-            self._problems.append(problem)
-            raise InputError(problem) from error
+            raise InputError(f"{self.samples.path}, {where}: {str(error).removeprefix(f'{where}: ')}") from error
 
     def _embeddings(self, index: int, regions: int) -> Tensor | None:
         if self.cache is None or not regions:
             return None
         return self.cache.lookup([index] * regions, list(range(regions))).float()
-
-    def where(self, place: int) -> str:
-        """How messages call a picture."""
-        return f"{self.samples.path}, {self.samples.where(self._index_of(place))}"
-
-    def take_problems(self) -> list[str]:
-        """Messages about broken samples that were met since the last call."""
-        problems, self._problems = self._problems, []
-        return problems
 
     def names(self) -> Iterator[str]:
         """Names of all regions of the file, those that are held out included; broken samples have none."""

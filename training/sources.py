@@ -8,22 +8,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
 
-from tap_llm.data.broken import SkipBroken
+from tap_llm.data.broken import BrokenCount
 from tap_llm.data.readers import open_samples
 from tap_llm.data.scenes import Scene, SceneComposer
 from tap_llm.data.shapes import SHAPE_NAMES
 from tap_llm.data.sprites import SpriteLibrary
-from tap_llm.data.targets import TargetCache
+from tap_llm.data.target_cache import TargetCache
 from tap_llm.errors import InputError
 
 from .sample_files import SampleFile, boxed_picture, masked_picture
 from .views import Picture, jitter, known_colours, tight_boxes
 
 MOSAIC_SIZE = (256, 256)
+VALIDATION_SEED = 10**6
 DRAWS = 1000  # pictures tried before it is said that none is of use
 
 
@@ -52,13 +52,15 @@ class DataConfig:
     targets: list[str] = field(default_factory=list)
     """Caches of concept targets (`training.concept_targets`), one per file of `samples` or none."""
     sample_hold_out: int = 0
-    """Every so many-th sample of each file is never shown, starting with the first; 0 shows all."""
+    """Every so many-th sample of each file, starting with the first, is kept out of training, and validation draws its
+    real samples from these alone; with 0 both draw from all."""
     jitter: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Large-scale jitter of real samples: their size on the canvas, smallest and largest factor."""
     flip: float = 0.5
     """Share of real samples that are mirrored."""
     broken_share: float = 0.01
-    """Share of broken samples above which the run stops; fewer are skipped and named."""
+    """Share of broken samples, of those that a process and its workers have drawn, above which the run stops; fewer
+    are skipped and named."""
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be."""
@@ -70,6 +72,8 @@ class DataConfig:
             raise InputError(f"data.targets names {len(self.targets)} caches for {len(self.samples)} files of samples")
         if self.sample_hold_out == 1 or self.sample_hold_out < 0:
             raise InputError(f"data.sample_hold_out must be 0 or at least 2, got {self.sample_hold_out}")
+        if not 0 <= self.broken_share <= 1:
+            raise InputError(f"data.broken_share must lie between 0 and 1, got {self.broken_share}")
         if self.regions < 1:
             raise InputError(f"data.regions must be at least 1, got {self.regions}")
         for name, pair in (("scene_side", self.scene_side), ("jitter", self.jitter)):
@@ -99,13 +103,22 @@ class Pictures:
             SampleFile(open_samples(path), prepare, caches[number] if caches else None, config.sample_hold_out)
             for number, path in enumerate(config.samples)
         ]
-        # What `SkipBroken` takes for samples are pictures already; it hands them on as they are.
-        self.samples = [SkipBroken(cast(Any, file), _as_it_is, config.broken_share) for file in self.files]
+        empty = next((file for file in self.files if not len(file)), None)
+        if config.sample_share and empty is not None:
+            reason = " that data.sample_hold_out leaves to it" if len(empty.samples) else ""
+            raise InputError(f"data.samples: {empty.samples.path} has no sample to train on{reason}")
+        self._count = BrokenCount(config.broken_share)
+        self._problems: dict[str, None] = {}  # in order
 
-    def reseeded(self, seed: int) -> Pictures:
-        """The same mixture with another seed; files and sprites are shared."""
+    def for_validation(self) -> Pictures:
+        """The mixture for validation: another seed and, if samples are held out, these in place of the others.
+
+        Scenes show the same names as in training: those of `hold_out` stay unseen until the model is evaluated.
+        """
         twin = copy.copy(self)
-        twin.seed = seed
+        twin.seed, twin._problems = VALIDATION_SEED, {}
+        if self.config.sample_hold_out:
+            twin.files = [file.held_out() for file in self.files]
         return twin
 
     def names(self) -> Iterator[str]:
@@ -122,7 +135,8 @@ class Pictures:
 
     def take_problems(self) -> list[str]:
         """Messages about broken samples that were met since the last call."""
-        return [problem for file in self.files for problem in file.take_problems()]
+        problems, self._problems = list(self._problems), {}
+        return problems
 
     def check_teacher(self, width: int) -> None:
         """Raise InputError unless the embeddings of all teachers have the width of the concept space."""
@@ -156,20 +170,28 @@ class Pictures:
         return (longer, shorter) if rng.random() < 0.75 else (shorter, longer)
 
     def _sample(self, rng: np.random.Generator) -> Picture:
-        """A real sample with at least one region to learn from; files have equal say."""
+        """A real sample with at least one region to learn from."""
         for _ in range(DRAWS):
-            which = int(rng.integers(len(self.files)))
-            place = self.files[which].place_of(int(rng.integers(len(self.files[which].samples))))
-            if place is None:
-                continue
-            picture = self.samples[which][place]
-            if not self.captioned:
+            picture = self._draw(rng)
+            if picture is not None and not self.captioned:
                 picture = jitter(picture, rng, self.config.jitter[0], self.config.jitter[1], self.config.flip)
-            if self._is_useful(picture):
+            if picture is not None and self._is_useful(picture):
                 return picture
         raise InputError(
             f"data.samples: found no region with a {'caption' if self.captioned else 'mask'} in {DRAWS} draws"
         )
+
+    def _draw(self, rng: np.random.Generator) -> Picture | None:
+        """Any real sample, files having equal say; None for a broken one."""
+        file = self.files[int(rng.integers(len(self.files)))]
+        try:
+            picture = file[int(rng.integers(len(file)))]
+        except InputError as error:
+            self._problems[str(error)] = None
+            self._count.add(str(error))
+            return None
+        self._count.add()
+        return picture
 
     def _is_useful(self, picture: Picture) -> bool:
         return any(picture.captions) if self.captioned else bool(picture.names)
@@ -191,7 +213,3 @@ def picture_of_scene(scene: Scene) -> Picture:
     """A scene's arrays."""
     colours = [known_colours(words) for words in scene.colours]
     return Picture(scene.image, tight_boxes(scene.masks), scene.masks, list(scene.names), colours, scene.captions)
-
-
-def _as_it_is(picture: Any) -> Picture:
-    return picture

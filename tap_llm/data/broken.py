@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -13,24 +14,32 @@ _REMEMBERED = 5  # messages kept for the report
 
 
 class BrokenCount:
-    """Counts good and broken samples.
+    """Counts good and broken samples, over all processes that inherit it: data workers are judged together.
 
     Args:
         max_share: more than this share of broken samples stops the run.
         min_seen: so many samples are seen before the share is judged.
 
     Attributes:
-        seen: samples asked for so far.
-        broken: those of them that were broken; one that is asked for in every epoch counts every time.
-        messages: the first few, each with the place of its sample.
+        messages: the first few that this process met, each with the place of its sample.
     """
 
     def __init__(self, max_share: float = 0.01, min_seen: int = 100) -> None:
         if not 0 <= max_share <= 1:
             raise InputError(f"max_share must lie between 0 and 1, got {max_share}")
         self.max_share, self.min_seen = max_share, min_seen
-        self.seen = self.broken = 0
+        self._counts = multiprocessing.Array("q", 2)  # seen and broken
         self.messages: list[str] = []
+
+    @property
+    def seen(self) -> int:
+        """Samples asked for so far."""
+        return self._counts[0]
+
+    @property
+    def broken(self) -> int:
+        """Those of them that were broken; one that is asked for in every epoch counts every time."""
+        return self._counts[1]
 
     def add(self, problem: str | None = None) -> None:
         """Count one sample; `problem` says what is wrong with it.
@@ -38,12 +47,13 @@ class BrokenCount:
         Raises:
             InputError: too many were broken.
         """
-        self.seen += 1
-        if problem is not None:
-            self.broken += 1
-            if problem not in self.messages and len(self.messages) < _REMEMBERED:
-                self.messages.append(problem)
-        if self.seen >= self.min_seen and self.broken > self.max_share * self.seen:
+        if problem is not None and problem not in self.messages and len(self.messages) < _REMEMBERED:
+            self.messages.append(problem)
+        with self._counts.get_lock():
+            self._counts[0] += 1
+            self._counts[1] += problem is not None
+            seen, broken = self._counts[:]
+        if seen >= self.min_seen and broken > self.max_share * seen:
             raise InputError(
                 f"{self.report()}. That is more than {self.max_share:.1%}: mend the data (tap-llm data validate names "
                 "every broken record), or allow a larger share"
@@ -51,7 +61,7 @@ class BrokenCount:
 
     def report(self) -> str:
         """One line: how many, and the first few of them."""
-        more = self.broken - len(self.messages)
+        more = self.broken - len(self.messages) if len(self.messages) == _REMEMBERED else 0
         listed = "; ".join(self.messages) + (f"; and {more} more" if more > 0 and self.messages else "")
         return f"{self.broken} of {self.seen} samples are broken" + (f": {listed}" if listed else "")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tap_llm.data import open_samples
+from tap_llm.data import checked, open_samples
 from tap_llm.data.readers import (
     CocoSamples,
     GritSamples,
@@ -24,17 +24,14 @@ from tap_llm.masks import encode_rle
 SQUARE = [[3.0, 4.0, 8.0, 4.0, 8.0, 10.0, 3.0, 10.0]]  # columns 3..7, rows 4..9
 
 
-def check_all(reader):
-    """Every sample is whole; returns them."""
-    samples = list(reader)
-    for sample in samples:
-        sample.check()
-    return samples
+def whole(reader):
+    """All samples, each of which is whole."""
+    return list(map(checked, reader))
 
 
 class TestCoco:
     def test_regions(self, coco_file):
-        first, second = check_all(open_samples(coco_file))
+        first, second = whole(open_samples(coco_file))
         assert first.regions == [
             {"id": 10, "box": [3, 4, 8, 10], "mask": SQUARE, "category": "red dog"},
             {
@@ -89,7 +86,7 @@ class TestVisualGenome:
         path = folder.json("region_descriptions.json", [{"id": 1, "regions": [self.REGION]}])
         reader = open_samples(path)
         assert isinstance(reader, VisualGenomeSamples)
-        (sample,) = check_all(reader)
+        (sample,) = whole(reader)
         assert sample.regions == [{"id": 5, "box": [2, 3, 12, 7], "captions": ["a red hat"]}]
         assert (sample.id, sample.source, sample.license) == ("1", "visual_genome", "CC BY 4.0")
 
@@ -102,7 +99,7 @@ class TestVisualGenome:
         }
         reader = open_samples(folder.json("train.json", document))
         assert isinstance(reader, GritSamples)
-        (sample,) = check_all(reader)
+        (sample,) = whole(reader)
         assert sample.regions == [{"id": 5, "box": [2, 3, 12, 7], "captions": ["a red hat"]}]
         assert sample.source == "visual_genome"
 
@@ -132,7 +129,7 @@ class TestRefCoco:
     def test_expressions_gather_at_their_object(self, path):
         reader = open_samples(path)
         assert isinstance(reader, RefCocoSamples)
-        (sample,) = check_all(reader)
+        (sample,) = whole(reader)
         assert sample.regions == [
             {
                 "id": 71,
@@ -145,7 +142,7 @@ class TestRefCoco:
         assert sample.source == "refcocog"
 
     def test_or_one_by_one(self, path):
-        samples = check_all(RefCocoSamples(path, per_expression=True))
+        samples = whole(RefCocoSamples(path, per_expression=True))
         assert [sample.regions[0]["captions"] for sample in samples] == [
             ["the left dog"],
             ["a dog that sits"],
@@ -174,7 +171,7 @@ class TestSa1b:
             folder.json(f"sa_000000/sa_{number}.json", {"image": image, "annotations": [annotation]})
         reader = open_samples(tmp_path)
         assert isinstance(reader, Sa1bSamples)
-        samples = check_all(reader)
+        samples = whole(reader)
         assert [sample.id for sample in samples] == ["223", "7"]  # by name
         assert reader.where(1) == "sa_000000/sa_7.json"
         assert (samples[0].masks() == mask).all()
@@ -199,7 +196,7 @@ class TestJsonl:
         path = folder.lines("a.jsonl", [self.RECORD, "", {"image": "pictures/1.png", "id": 4}])
         reader = open_samples(path)
         assert isinstance(reader, JsonlSamples)
-        first, second = check_all(reader)
+        first, second = whole(reader)
         assert first.regions == [{"box": [0, 0, 5, 5], "captions": ["a cat"]}]
         assert first.conversations == self.RECORD["messages"]
         assert second.id == "4"
@@ -209,7 +206,7 @@ class TestJsonl:
         folder.picture("photos/1.png")
         Image.fromarray(np.eye(20, 30, dtype=np.uint8) * 255).save(tmp_path / "photos" / "mask.png")
         path = folder.lines("a.jsonl", [{"image": "1.png", "regions": [{"mask": "mask.png"}]}])
-        (sample,) = check_all(open_samples(path, image_root=tmp_path / "photos"))
+        (sample,) = whole(open_samples(path, image_root=tmp_path / "photos"))
         assert sample.masks().sum() == 20
 
     @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -311,7 +308,7 @@ class TestRealSets:
         assert sum(len(sample.regions) for sample in reader) == regions
 
     def test_composed_sample(self, shared_data):
-        samples = check_all(open_samples(shared_data / "composed_sample" / "sample.json"))
+        samples = whole(open_samples(shared_data / "composed_sample" / "sample.json"))
         assert len(samples) == 60
         assert sum(int(sample.has_mask.sum()) for sample in samples) == 290
         assert sum(len(sample.conversations) for sample in samples) == 217

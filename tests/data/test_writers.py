@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tap_llm.data import RegionSample, open_samples, write_jsonl, write_parquet
+from tap_llm.data import RegionSample, checked, open_samples, write_jsonl, write_parquet
 from tap_llm.data.readers import ParquetSamples
 from tap_llm.errors import InputError
 
 SQUARE = [[3.0, 4.0, 8.0, 4.0, 8.0, 10.0, 3.0, 10.0]]  # columns 3..7, rows 4..9
-
-
-def check_all(reader):
-    """Every sample is whole; returns them."""
-    samples = list(reader)
-    for sample in samples:
-        sample.check()
-    return samples
 
 
 def sample_of_every_kind():
@@ -42,7 +34,7 @@ def test_written_samples_come_back(tmp_path, name):
     samples = sample_of_every_kind()
     writer = write_jsonl if name.endswith("jsonl") else write_parquet
     writer(samples, tmp_path / name)
-    back = check_all(open_samples(tmp_path / name))
+    back = [checked(sample) for sample in open_samples(tmp_path / name)]
     assert [sample.captions for sample in back] == [[], ["noise"]]
     assert [sample.conversations for sample in back] == [samples[0].conversations, []]
     assert (back[0].id, back[0].source, back[0].license) == ("a", "mine", "CC0-1.0")
@@ -58,7 +50,7 @@ def test_parquet_needs_no_pictures_and_opens_without_a_root(coco_file, tmp_path)
     expected = [sample.masks() for sample in open_samples(coco_file)]
     for picture in (tmp_path / "pictures").iterdir():
         picture.unlink()
-    back = check_all(open_samples(path, image_root="nowhere"))
+    back = [checked(sample) for sample in open_samples(path, image_root="nowhere")]
     assert all((new.masks() == old).all() for new, old in zip(back, expected, strict=True))
     assert back[0].conversations[0]["regions"] == [1, 0]
 

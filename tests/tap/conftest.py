@@ -1,13 +1,18 @@
-"""A small official checkpoint, written down from the published names and shapes, not from our table."""
+"""A small TAP; a small official checkpoint, written down from the published names and shapes, not from our table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_tap import SIDE, randomize, small_config
+from torch import Tensor
+
+from tap_llm import TapForConditionalGeneration
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -161,3 +166,26 @@ def official_state(official_arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
 def published_index() -> Callable[[int], np.ndarray]:
     """The published formula of the relative-position table, by window side."""
     return index_by_definition
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> TapForConditionalGeneration:
+    """A small TAP with random weights, not to be changed."""
+    return randomize(TapForConditionalGeneration(small_config()))
+
+
+@pytest.fixture
+def model(shared_model: TapForConditionalGeneration) -> TapForConditionalGeneration:
+    """A copy that the test may change."""
+    return deepcopy(shared_model)
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Tensor:
+    return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def embeddings(shared_model: TapForConditionalGeneration, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return shared_model.get_image_embeddings(pixels)

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from tap_llm.data.targets import ConceptTeacher, TargetCache
+from tap_llm.data.crops import ConceptTeacher
+from tap_llm.data.target_cache import TargetCache
 from training.concept_targets import main, make_targets, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]

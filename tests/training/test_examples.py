@@ -17,7 +17,7 @@ from tap_llm.concepts import ConceptSpace
 from tap_llm.data.colours import COLOUR_WORDS
 from tap_llm.data.crops import CropSettings
 from tap_llm.data.readers import open_samples
-from tap_llm.data.targets import TargetCache, build_target_cache
+from tap_llm.data.target_cache import TargetCache, build_target_cache
 from tap_llm.errors import InputError
 from training.examples import (
     DataConfig,

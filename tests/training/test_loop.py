@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tap_llm.errors import InputError
 from training.config import OptimizerConfig, RunConfig
-from training.loop import _Interrupt, _Stepper, check, validate
+from training.loop import _Interrupt, check, validate
 from training.optimization import set_learning_rates
 from training.precision import autocast, check_together, start_accelerator
+from training.stepper import Stepper
 
 
 class Rows(nn.Module):
@@ -73,7 +74,7 @@ def test_accumulated_gradients_are_those_of_the_mean_over_all_rows() -> None:
     optimizer = torch.optim.SGD([{"params": trainee.parameters(), "peak": 1.0}], lr=1.0)
     model, optimizer = accelerator.prepare(trainee, optimizer)
     set_learning_rates([optimizer], 1.0)
-    losses, seen = _Stepper(accelerator, model, [optimizer], trainee, run).step(batches, 0)
+    losses, seen = Stepper(accelerator, model, [optimizer], trainee, run).step(batches, 0)
     start_accelerator(RunConfig(accumulation=1))  # Accelerate remembers it for all
     torch.testing.assert_close(before - layer.weight, gradients[0], rtol=1e-5, atol=1e-6)
     for key in means:
@@ -81,6 +82,62 @@ def test_accumulated_gradients_are_those_of_the_mean_over_all_rows() -> None:
     assert [int(value) for value in seen["small"]] == [int(value) for value in metrics["small"]]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     torch.testing.assert_close(seen["gradient_norm"][0], norm)
+
+
+def step_once(trainee: Any, scale: float = 0.0) -> dict[str, Any]:
+    """Metrics of a step; with a scale, float16's gradient scaler is at work, which Accelerate makes on GPUs only."""
+    run = RunConfig(precision="no")
+    accelerator = start_accelerator(run)
+    optimizer = torch.optim.SGD([{"params": trainee.parameters(), "peak": 1.0}], lr=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        if scale:
+            patch.setattr(type(accelerator), "mixed_precision", "fp16")
+            patch.setattr(accelerator, "native_amp", True)
+            patch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=scale))
+        model, optimizer = accelerator.prepare(trainee, optimizer)
+        return Stepper(accelerator, model, [optimizer], trainee, run).step([Uneven(3)[2]], 6)[1]
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Zero, and infinitely steep."""
+
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.full((1,), torch.inf)
+
+
+class Steep(Rows):
+    """Finite losses whose gradients are not."""
+
+    def forward(self, x: Tensor, named: Tensor) -> Any:
+        sums, metrics = super().forward(x, named)
+        return {**sums, "square": sums["square"] + InfiniteGradient.apply(self.layer.bias)}, metrics
+
+
+@pytest.mark.parametrize("scale", [0.0, 65536.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_losses_that_are_not_finite_stop_the_run(value: float, scale: float) -> None:
+    """A smaller scale of the gradients would not help."""
+    trainee = Rows()
+    trainee.layer.bias.data[:] = value
+    with pytest.raises(InputError, match=r"at step 7: not finite: loss/square, loss/named, gradient_norm\. .*are good"):
+        step_once(trainee, scale)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_unless_the_scaler_skips_them() -> None:
+    assert step_once(Rows())["gradient_norm"][0] > 0 and step_once(Rows(), 1024.0)["gradient_norm"][0] > 0
+    with pytest.raises(InputError, match=r"at step 7: not finite: gradient_norm\. "):
+        step_once(Steep())
+    trainee = Steep()
+    before = trainee.layer.bias.clone()
+    assert "gradient_norm" not in step_once(trainee, 1024.0)
+    assert torch.equal(trainee.layer.bias, before)
+    with pytest.raises(InputError, match=r"not finite: gradient_norm\. "):  # it has come down all the way in vain
+        step_once(Steep(), 1.0)
 
 
 class Rank:

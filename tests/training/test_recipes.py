@@ -21,6 +21,7 @@ from training import caption, pretrain
 from training.caption import CaptionConfig
 from training.config import from_dict
 from training.pretrain import PretrainConfig
+from training.recipe import VALIDATION_BATCHES, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -208,7 +209,10 @@ def test_run_learns(settings: dict[str, Any]) -> None:
         assert late < share * early, key
 
 
-def test_captions_train_on_a_frozen_model(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_captions_train_on_a_frozen_model(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caption, "TOKENIZER_PICTURES", 100)
     start = run(settings) / "final"
     wanted = {
         "model": {"start": str(start), "attention": "eager"},
@@ -216,6 +220,9 @@ def test_captions_train_on_a_frozen_model(settings: dict[str, Any], tmp_path: Pa
         "run": {**settings["run"], "output_dir": str(tmp_path / "captions"), "steps": 30, "batch_size": 4},
         "optimizer": {"warmup": 2, "learning_rate": 3e-3},
     }
+    with pytest.raises(InputError, match=r"final has no tokenizer.*fresh_decoder=true"):
+        caption.main(from_dict(CaptionConfig, {**wanted, "fresh_decoder": False}))
+    assert not (tmp_path / "captions").exists()
     caption.main(from_dict(CaptionConfig, wanted))
     logged = losses(tmp_path / "captions")
     assert logged[-2]["loss/caption"] < 0.85 * logged[0]["loss/caption"]
@@ -224,6 +231,44 @@ def test_captions_train_on_a_frozen_model(settings: dict[str, Any], tmp_path: Pa
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
     pipe = RegionPipeline.from_pretrained(tmp_path / "captions" / "final")
     assert isinstance(pipe(ROOT / "examples/scene.jpg", regions=[{"box": [88, 160, 299, 361]}])[0]["caption"], str)
+
+
+@pytest.mark.parametrize(
+    ("evaluate_every", "message", "left"),
+    [
+        (1, "stopped at step 2: not finite: validation/loss/", ["best", "checkpoints", "log.jsonl", "settings.json"]),
+        (0, "stopped at step 3: not finite: loss/", ["checkpoints", "log.jsonl", "settings.json"]),
+    ],
+)
+def test_a_loss_that_runs_away_stops_the_run(
+    settings: dict[str, Any], evaluate_every: int, message: str, left: list[str]
+) -> None:
+    """The first step stands still, the second one throws the weights away; nothing is made of that."""
+    settings["run"] |= {"checkpoint_every": evaluate_every or 9, "evaluate_every": evaluate_every, "steps": 4}
+    settings["optimizer"] = {"learning_rate": 1e30, "warmup": 2, "warmup_start": -1.0}
+    folder = Path(settings["run"]["output_dir"])
+    (folder / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=message):
+        run(settings)
+    assert sorted(path.name for path in folder.iterdir()) == left
+    found = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert found == (["step_00000001"] if evaluate_every else [])
+
+
+def test_validation_sees_only_what_training_does_not(
+    settings: dict[str, Any], samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[Recipe] = []
+    monkeypatch.setattr(pretrain, "fit", lambda recipe, *_: handed.append(recipe))
+    monkeypatch.setattr(caption, "fit", lambda recipe, *_: handed.append(recipe))
+    monkeypatch.setattr(caption, "TOKENIZER_PICTURES", 20)
+    settings["data"] |= {"samples": [str(samples)], "sample_share": 1.0, "sample_hold_out": 5}
+    pretrain.main(from_dict(PretrainConfig, settings))
+    caption.main(from_dict(CaptionConfig, {key: value for key, value in settings.items() if key != "loss"}))
+    for recipe in handed:
+        shown = [{part.pictures[n].names[0] for n in range(40)} for part in (recipe.batches, recipe.validation)]
+        assert shown == [{f"square {n}" for n in range(10) if n % 5}, {"square 0", "square 5"}]
+        assert len(recipe.validation) == VALIDATION_BATCHES
 
 
 def test_wrong_settings_name_the_key(settings: dict[str, Any]) -> None:
