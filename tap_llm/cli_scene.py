@@ -38,12 +38,15 @@ def scene(
     """
     check_target(out, str(out))
     width, height = _parse_size(size)
+    from .data.instructions import converse
     from .data.scenes import SceneComposer
     from .data.sprites import SpriteLibrary
 
     library = SpriteLibrary.from_folders(sprites) if sprites else SpriteLibrary.bundled()
     composer = SceneComposer(library, backgrounds or ())
-    sample = (composer.mosaic if mosaic else composer.scene)(seed, (width, height)).to_sample()
+    composed = (composer.mosaic if mosaic else composer.scene)(seed, (width, height))
+    sample = composed.to_sample()
+    sample.conversations = converse(composed, seed).messages
     save_picture(sample.load_image(), out)
     print(_json_line(sample, out) if as_json else _captions(sample))
 
@@ -68,7 +71,7 @@ def _json_line(sample: RegionSample, image: Path) -> str:
         "image": str(image),
         "size": sample.size,
         "regions": [region_to_json(region) for region in sample.regions],
-        "conversations": sample.conversations,
+        "messages": sample.conversations,
         "source": sample.source,
     }
     return json.dumps(record, ensure_ascii=False)

@@ -31,7 +31,7 @@ def test_its_json_is_a_line_that_data_validate_reads(tmp_path: Path, capsys: pyt
     record = json.loads(text)
     masks = [decode_rle(region["mask"]) for region in record["regions"]]
     assert len(masks) > 3 and masks[0].shape == (96, 128) and sum(masks).max() == 1
-    assert record["size"] == [96, 128] and record["conversations"]
+    assert record["size"] == [96, 128] and record["messages"]
     (tmp_path / "scenes.jsonl").write_text(text, encoding="utf-8")
     assert cli.main(["data", "validate", str(tmp_path / "scenes.jsonl")]) == 0
 

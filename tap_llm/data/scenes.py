@@ -1,4 +1,4 @@
-"""Procedural scenes: an endless, seeded source of pictures with exact masks, names, captions and questions.
+"""Procedural scenes: an endless, seeded source of pictures with exact masks, names and captions.
 
     composer = SceneComposer(SpriteLibrary.from_folders(["emoji", "grocery"]), backgrounds=["backgrounds/images"])
     scene = composer.scene(seed=7)             # 3 to 7 objects that may cover each other, (400, 300) pixels
@@ -55,45 +55,58 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8, RGB.
         masks: (M, H, W) bool, the visible pixels of each object: disjoint, none empty.
-        names: M names, lower-case.
+        things: M objects in words: name, phrase, colours, where they lie, what hides them.
         captions: M lists of captions (short, long, varied), empty where the phrase lacks the name.
-        phrases: M phrases, name with article.
-        colours: M lists of colour words, commonest first.
         kinds: M of "shape", "emoji", "grocery", "garment", "object".
         attributes: M dicts; of shapes `shape`, `colour`, `texture`, `size`; else empty.
         visible: M shares of the object within the picture that no other object covers.
-        conversations: questions with answers, see `wording.questions`.
     """
 
     image: NDArray[np.uint8]
     masks: NDArray[np.bool_]
-    names: list[str]
+    things: list[Thing]
     captions: list[list[str]]
-    phrases: list[str]
-    colours: list[list[str]]
     kinds: list[str]
     attributes: list[dict[str, str]]
     visible: list[float]
-    conversations: list[dict[str, Any]]
+
+    @property
+    def names(self) -> list[str]:
+        """M names, lower-case."""
+        return [thing.name for thing in self.things]
+
+    @property
+    def phrases(self) -> list[str]:
+        """M phrases, name with article."""
+        return [thing.phrase for thing in self.things]
+
+    @property
+    def colours(self) -> list[list[str]]:
+        """M lists of colour words, commonest first."""
+        return [list(thing.colours) for thing in self.things]
 
     def to_sample(self) -> RegionSample:
-        """The scene as a training sample; attributes, colours and so on ride along with each region."""
+        """The scene as a training sample; attributes, colours and so on ride along with each region.
+
+        For conversations about it see `instructions`.
+        """
         from .samples import RegionSample
 
         regions = [
             {
                 "id": index,
                 "mask": self.masks[index],
-                "category": self.names[index],
+                "category": thing.name,
                 "captions": self.captions[index],
                 "attributes": self._attributes(index),
             }
-            for index in range(len(self.names))
+            for index, thing in enumerate(self.things)
         ]
-        return RegionSample(image=self.image, regions=regions, conversations=self.conversations, source="scenes")
+        return RegionSample(image=self.image, regions=regions, source="scenes")
 
     def _attributes(self, index: int) -> dict[str, Any]:
-        fixed = {"kind": self.kinds[index], "phrase": self.phrases[index], "colours": self.colours[index]}
+        thing = self.things[index]
+        fixed = {"kind": self.kinds[index], "phrase": thing.phrase, "colours": list(thing.colours)}
         return {**fixed, "visible": round(self.visible[index], 3), **self.attributes[index]}
 
 
@@ -332,14 +345,11 @@ def _finish(rng: np.random.Generator, canvas: Canvas, placed: list[_Object]) -> 
     return Scene(
         image=np.asarray(roughen(rng, canvas.picture)),
         masks=canvas.masks(keep),
-        names=[thing.name for thing in things],
+        things=things,
         captions=[wording.captions(rng, things, index) for index in range(len(things))],
-        phrases=[thing.phrase for thing in things],
-        colours=[list(thing.colours) for thing in things],
         kinds=[item.kind for item in objects],
         attributes=[item.attributes for item in objects],
         visible=[canvas.visible[index] / canvas.areas[index] for index in keep],
-        conversations=wording.questions(rng, things),
     )
 
 

@@ -1,4 +1,4 @@
-"""Words about what a scene shows: phrases, places, captions in varied phrasing, questions with answers.
+"""Words about what a scene shows: phrases, places, captions in varied phrasing.
 
 Every caption is lower-case and holds the object's name letter by letter.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 _PLURALS = ("shorts", "trousers", "shoes", "skis", "scissors", "pants", "jeans")  # said without an article
 _SAID_LIKE_CONSONANT = ("uni", "use", "euro", "one", "ukulele")
 _LEFT, _TOP = 0.36, 0.38  # where the outer thirds end, as people see them: a bit wider than a third
-_CLEARLY = 0.1  # how far two middles lie apart, in shares of the picture, before words compare them
-_LARGER = 1.4  # ratio of the areas before words compare them
+CLEARLY = 0.1  # how far two middles lie apart, in shares of the picture, before words compare them
+_NEAR_BORDER = 0.03  # a middle so near the end of a third has no clear place
 
 KIND_WORDS: dict[str, str] = {
     "shape": "a drawn shape",
@@ -116,6 +116,12 @@ def place(middle: tuple[float, float]) -> str:
     return f"{row} {column}".strip() or "middle"
 
 
+def has_clear_place(middle: tuple[float, float]) -> bool:
+    """Whether a point lies so far from the ends of the thirds that people agree on its place."""
+    ends = ((middle[0], _LEFT), (middle[0], 1 - _LEFT), (middle[1], _TOP), (middle[1], 1 - _TOP))
+    return all(abs(value - end) > _NEAR_BORDER for value, end in ends)
+
+
 def place_phrase(where: str) -> str:
     """ "in the top left of the picture", "at the right of the picture"."""
     return f"{'in' if ' ' in where or where == 'middle' else 'at'} the {where} of the picture"
@@ -200,7 +206,7 @@ def _relation(rng: np.random.Generator, things: Sequence[Thing], index: int) -> 
 def _direction(thing: Thing, other: Thing) -> str:
     """How `thing` lies to `other`, by the longer way between their middles."""
     dx, dy = (a - b for a, b in zip(thing.middle, other.middle, strict=True))
-    if max(abs(dx), abs(dy)) < _CLEARLY:
+    if max(abs(dx), abs(dy)) < CLEARLY:
         return "next to"
     if abs(dx) > abs(dy):
         return "to the left of" if dx < 0 else "to the right of"
@@ -211,67 +217,3 @@ def _reference(rng: np.random.Generator, thing: Thing) -> str:
     """Another thing, as a caption points at it."""
     dice = rng.random(2).tolist()
     return noun_phrase(thing, colour_word(thing) if dice[0] < 0.6 else (), definite=dice[1] < 0.4)
-
-
-# Questions
-
-
-def questions(rng: np.random.Generator, things: Sequence[Thing]) -> list[dict[str, Any]]:
-    """Questions about a scene, at most one of each topic: relation, size, name, kind.
-
-    Args:
-        rng: chooses the things.
-        things: of the scene.
-
-    Returns:
-        Records with `question`, `answer`, `regions` (indices; `<Prompt0>` stands for the first of them), `topic`,
-        and `choices` where it is multiple choice.
-    """
-    if not things:
-        return []
-    asked: list[dict[str, Any] | None] = [_ask_name(rng, things), _ask_kind(rng, things)]
-    if len(things) > 1:
-        order = rng.permutation(len(things))[:2].tolist()
-        asked += [_ask_relation(rng, things, order), _ask_size(things, order)]
-    return [record for record in asked if record]
-
-
-def _record(topic: str, regions: Sequence[int], question: str, answer: str, **extra: Any) -> dict[str, Any]:
-    return {"topic": topic, "regions": list(regions), "question": question, "answer": answer, **extra}
-
-
-def _ask_name(rng: np.random.Generator, things: Sequence[Thing]) -> dict[str, Any]:
-    index = pick(rng, range(len(things)))
-    question = pick(rng, ("What is <Prompt0>?", "What does <Prompt0> show?", "Name <Prompt0>."))
-    return _record("name", [index], question, things[index].phrase)
-
-
-def _ask_kind(rng: np.random.Generator, things: Sequence[Thing]) -> dict[str, Any]:
-    index = pick(rng, range(len(things)))
-    right = KIND_WORDS.get(things[index].kind, KIND_WORDS["object"])
-    wrong = sorted(set(KIND_WORDS.values()) - {right})
-    options = [right, *(wrong[i] for i in rng.permutation(len(wrong))[:3])]
-    options = [options[i] for i in rng.permutation(len(options))]
-    choices = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
-    answer = "ABCD"[options.index(right)]
-    return _record("kind", [index], "Which kind of thing is <Prompt0>?", answer, choices=choices)
-
-
-def _ask_relation(rng: np.random.Generator, things: Sequence[Thing], pair: Sequence[int]) -> dict[str, Any] | None:
-    (ax, ay), (bx, by) = (things[i].middle for i in pair)
-    axes = [abs(ax - bx) > _CLEARLY, abs(ay - by) > _CLEARLY]
-    if not any(axes):
-        return None
-    sideways = axes[0] and (not axes[1] or rng.random() < 0.5)
-    if sideways:
-        question = "Is <Prompt0> to the left or to the right of <Prompt1>?"
-        return _record("relation", pair, question, "left" if ax < bx else "right")
-    return _record("relation", pair, "Is <Prompt0> above or below <Prompt1>?", "above" if ay < by else "below")
-
-
-def _ask_size(things: Sequence[Thing], pair: Sequence[int]) -> dict[str, Any] | None:
-    first, second = (things[i].area for i in pair)
-    if max(first, second) < _LARGER * min(first, second):
-        return None
-    question = "Which covers more of the picture, <Prompt0> or <Prompt1>?"
-    return _record("size", pair, question, "<Prompt0>" if first > second else "<Prompt1>")

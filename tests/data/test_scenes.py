@@ -43,7 +43,7 @@ def dark_picture(tmp_path: Path) -> Path:
 
 def same(first: Scene, second: Scene) -> bool:
     equal = np.array_equal(first.image, second.image) and np.array_equal(first.masks, second.masks)
-    return equal and first.captions == second.captions and first.conversations == second.conversations
+    return equal and first.captions == second.captions and first.things == second.things
 
 
 # Pictures and masks
@@ -77,7 +77,7 @@ def test_masks_are_disjoint_and_visible(composer: SceneComposer, form: str, size
         assert scene.masks.sum(axis=0).max(initial=0) <= 1
         assert all(mask.sum() >= MIN_PIXELS for mask in scene.masks)
         assert all(0.5 <= share <= 1 for share in scene.visible)
-        columns = (scene.captions, scene.phrases, scene.colours, scene.kinds, scene.attributes, scene.visible)
+        columns = (scene.captions, scene.things, scene.kinds, scene.attributes, scene.visible)
         assert {len(column) for column in columns} == {count}
 
 
@@ -193,7 +193,7 @@ def test_a_scene_becomes_a_sample(composer: SceneComposer) -> None:
     sample.check()
     assert np.array_equal(sample.masks(), scene.masks)
     assert [region["category"] for region in sample.regions] == scene.names
-    assert all({"question", "answer", "regions"} <= turn.keys() for turn in sample.conversations)
+    assert sample.regions[0]["attributes"]["phrase"] == scene.phrases[0] and sample.conversations == []
 
 
 # Backgrounds

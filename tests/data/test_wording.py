@@ -1,4 +1,4 @@
-"""Words: articles, colours, places, and that what captions and answers say is true."""
+"""Words: articles, colours, places, and that what captions say is true."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from PIL import Image
 
 from tap_llm.data.colours import COLOUR_WORDS, name_colours, words_in
 from tap_llm.data.wording import (
-    KIND_WORDS,
     Thing,
     captions,
+    has_clear_place,
     noun_phrase,
     place,
     place_phrase,
-    questions,
     split_article,
     with_article,
 )
@@ -110,6 +109,11 @@ def test_places_are_those_of_the_composed_sample(shared_data: Path) -> None:
         assert where == entry["place"] and place_phrase(where) in entry["caption_long"]
 
 
+def test_near_the_end_of_a_third_no_place_is_clear() -> None:
+    assert has_clear_place((0.1, 0.5)) and has_clear_place((0.5, 0.9))
+    assert not has_clear_place((0.37, 0.5)) and not has_clear_place((0.1, 0.6))
+
+
 # Captions
 
 
@@ -144,39 +148,6 @@ def test_a_colour_in_the_name_is_not_said_twice() -> None:
 def test_a_thing_alone_gets_captions() -> None:
     rng = np.random.default_rng(0)
     assert all("owl" in text for _ in range(100) for text in captions(rng, [thing("owl")], 0))
-
-
-# Questions
-
-
-def test_answers_are_true() -> None:
-    scene = [thing("owl", 0.1, 0.2), thing("taxi", 0.9, 0.8)]
-    big = Thing("bus", "a bus", (), "Travel & Places", middle=(0.5, 0.5), area=0.3)
-    rng = np.random.default_rng(0)
-    asked = [record for _ in range(60) for record in questions(rng, [*scene, big])]
-    assert {record["topic"] for record in asked} == {"name", "kind", "relation", "size"}
-    things = [*scene, big]
-    for record in asked:
-        assert record["answer"] == right_answer(record, [things[index] for index in record["regions"]])
-
-
-def right_answer(record: dict, about: list[Thing]) -> str:
-    """Worked out from scratch."""
-    if record["topic"] == "name":
-        return about[0].phrase
-    if record["topic"] == "kind":
-        assert len(set(record["choices"])) == 4
-        return next(choice[0] for choice in record["choices"] if choice[3:] == KIND_WORDS[about[0].kind])
-    if record["topic"] == "size":
-        return "<Prompt0>" if about[0].area > about[1].area else "<Prompt1>"
-    axis, words = (0, ("left", "right")) if "left" in record["question"] else (1, ("above", "below"))
-    return words[0] if about[0].middle[axis] < about[1].middle[axis] else words[1]
-
-
-def test_what_is_too_close_is_not_asked() -> None:
-    records = questions(np.random.default_rng(0), [thing("owl"), thing("taxi", 0.52)])
-    assert {record["topic"] for record in records} == {"name", "kind"}
-    assert questions(np.random.default_rng(0), []) == []
 
 
 def test_colour_words_are_unique() -> None:

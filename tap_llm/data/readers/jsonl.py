@@ -34,23 +34,46 @@ class JsonlSamples(SampleReader):
 
     def __init__(self, path: str | Path, image_root: str | Path | None = None) -> None:
         super().__init__(path, image_root)
-        edges = line_edges(self.path)
+        self._lines = Lines(self.path)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, index: int) -> str:
+        return self._lines.where(index)
+
+    def _read(self, index: int) -> RegionSample:
+        return parse_line(self._lines[index], self.root)
+
+
+class Lines:
+    """The lines of a file that are not empty, each read when asked for.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        edges = line_edges(path)
         filled = np.flatnonzero(np.diff(edges) > 2)  # shorter lines cannot hold a record
         self._starts, self._ends = edges[filled], edges[filled + 1]
         # line numbers are needed apart from the index only where there are empty lines
-        self._lines = None if len(filled) == len(edges) - 1 else filled
+        self._numbers = None if len(filled) == len(edges) - 1 else filled
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def where(self, index: int) -> str:
-        return f"line {int(index if self._lines is None else self._lines[index]) + 1}"
-
-    def _read(self, index: int) -> RegionSample:
-        with open(self.path, "rb") as stream:
+    def __getitem__(self, index: int) -> bytes:
+        if index >= len(self):
+            raise IndexError(f"line {index} of {len(self)}")  # ends a loop
+        with open(self._path, "rb") as stream:
             stream.seek(self._starts[index])
-            text = stream.read(self._ends[index] - self._starts[index])
-        return parse_line(text, self.root)
+            return stream.read(self._ends[index] - self._starts[index])
+
+    def where(self, index: int) -> str:
+        """How messages call a line: its number in the file, counted from 1."""
+        return f"line {int(index if self._numbers is None else self._numbers[index]) + 1}"
 
 
 def line_edges(path: Path) -> NDArray[np.int64]:
@@ -75,12 +98,7 @@ def parse_line(text: bytes | str, root: Path) -> RegionSample:
     Raises:
         InputError: not a JSON object, an unknown key, or no "image".
     """
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise InputError(f"expected a JSON object, got {type(record).__name__}")
+    record = parse_object(text)
     for key in record:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
@@ -90,6 +108,17 @@ def parse_line(text: bytes | str, root: Path) -> RegionSample:
     if not isinstance(fields.get("image"), str):
         raise InputError('"image" must be the path of a picture')
     return _sample(fields, root)
+
+
+def parse_object(text: bytes | str) -> dict[str, Any]:
+    """One line as a dict; InputError where it is no JSON object."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f"expected a JSON object, got {type(record).__name__}")
+    return record
 
 
 def _sample(fields: dict[str, Any], root: Path) -> RegionSample:
