@@ -6,6 +6,7 @@ Importing the package registers its classes with Transformers' Auto classes and 
 from .concepts import ConceptSpace
 from .errors import InputError, MissingFileError
 from .pipelines import RegionPipeline, register_pipeline
+from .region_llm import RegionFeatures, TapLlmConfig, TapLlmForConditionalGeneration, TapLlmModel, TapLlmProcessor
 from .registration import register_auto_classes
 from .tap import (
     TapCaptionDecoder,
@@ -27,11 +28,16 @@ __all__ = [
     "ConceptSpace",
     "InputError",
     "MissingFileError",
+    "RegionFeatures",
     "RegionPipeline",
     "TapCaptionDecoder",
     "TapConfig",
     "TapForConditionalGeneration",
     "TapImageProcessor",
+    "TapLlmConfig",
+    "TapLlmForConditionalGeneration",
+    "TapLlmModel",
+    "TapLlmProcessor",
     "TapModel",
     "TapOutput",
     "TapProcessor",
