@@ -20,7 +20,9 @@ from typer.core import TyperCommand
 
 from .cli_data import app as data_app
 from .cli_picture import check_target, save_picture
+from .cli_quiet import quiet
 from .cli_scene import scene
+from .cli_tokenize import Stopped, tokenize
 from .errors import InputError
 
 INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
@@ -124,6 +126,7 @@ def describe(
 
 
 app.command()(scene)
+app.command()(tokenize)
 
 
 @app.command()
@@ -143,7 +146,7 @@ def convert(
 
     Example: tap-llm convert tap_vit_b_v1_1.pkl tap-base --concepts merged_2560.pkl
     """
-    _quiet()
+    quiet()
     from .tap.conversion import convert_checkpoint
 
     report = convert_checkpoint(checkpoint, out, concepts=concepts, tokenizer=tokenizer)
@@ -214,7 +217,7 @@ def _check_inputs(image: Path, regions: list[dict[str, Any]]) -> Any:
 
 
 def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, device: str | None, dtype: str) -> Any:
-    _quiet()
+    quiet()
     from .hub import OFFICIAL_MODELS
     from .pipelines import RegionPipeline
 
@@ -224,19 +227,6 @@ def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, devi
     if pipe.model.config.provisional:
         _note(f"{model} is provisional: a small model for trying things out, not for its accuracy")
     return pipe
-
-
-def _quiet() -> None:
-    """Silence what libraries say while loading; our own notes remain."""
-    import warnings
-
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
 
 
 def _to_json(results: Sequence[dict[str, Any]]) -> str:
@@ -312,6 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status == INTERRUPTED:  # how typer passes Ctrl-C on
             _note("interrupted")
         return status
+    except Stopped as stop:
+        _note(str(stop))
+        return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         _note("interrupted")
         return INTERRUPTED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_quiet import quiet_datasets
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def validate(
 
     Example: tap-llm data validate train.jsonl --image-root photos
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    quiet_datasets()
     from .data import Validation, open_samples
     from .data import validate as validated
 

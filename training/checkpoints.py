@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tap_llm.errors import InputError
 
 from .files import finish_folder, start_folder, write_text
+from .precision import is_sharded
 
 _NAME = re.compile(r"step_(\d{8})")
 # Settings that may change between the parts of a run without making it another run.
@@ -55,6 +56,8 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, folder: Path, keep: int, settings: dict[str, Any]) -> None:
         self.accelerator, self.folder, self.keep, self.settings = accelerator, folder, keep, settings
+        if not is_sharded(accelerator):
+            accelerator.register_save_state_pre_hook(_leave_out_frozen)
 
     def find_start(self, resume: bool) -> int:
         """Step to start from; a new run's folder is made.
@@ -90,7 +93,8 @@ class Checkpoints:
         before = progress.get("processes", now)
         if before != now:
             raise InputError(f"the run in {self.folder} has {before} processes, not {now}: resume it with as many")
-        self.accelerator.load_state(str(folder))
+        # What is frozen is not in there: it is as it was loaded.
+        self.accelerator.load_state(str(folder), **({} if is_sharded(self.accelerator) else {"strict": False}))
         return float("-inf") if progress["best"] is None else progress["best"]
 
     def save(self, step: int, best: float) -> None:
@@ -126,6 +130,14 @@ class Checkpoints:
                 f"the run in {self.folder} was started with another {', '.join(changed)}: resume it as it was, or "
                 "choose another run.output_dir"
             )
+
+
+def _leave_out_frozen(models: list[nn.Module], states: list[dict[str, Tensor]], _: str) -> None:
+    """Take the frozen parameters out of what Accelerate is about to save: they may be an LLM of many gigabytes."""
+    for model, state in zip(models, states, strict=True):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                state.pop(name, None)
 
 
 def _steps(folder: Path) -> list[int]:

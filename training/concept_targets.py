@@ -67,7 +67,7 @@ def make_targets(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         cache = TargetCache.open(args.out)
-        print(f"{args.out}: {cache.index.shards} shards, embeddings of width {cache.index.width}")
+        print(f"{args.out}: {cache.index.shards} shards, embeddings of width {cache.width}")
 
 
 def main() -> None:

@@ -66,6 +66,8 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     layer_decay: float = 1.0
     """Learning rate factor per encoder layer below the last; 1 from scratch, 0.8 to 0.9 from pre-trained weights."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Learning rate factors of the parameters whose name contains the key."""
     warmup: int = 1000
     warmup_start: float = 0.0
     schedule: str = "cosine"

@@ -232,7 +232,9 @@ class RegionObjective(nn.Module):
         if "cell_name" in self.weights:
             known = batch["cell_names"] != IGNORED_NAME
             names = batch["cell_names"][known]
-            logits = F.normalize(self.cell_name_head(cells[known]), dim=-1) @ self.concepts()  # many: no need to be exact
+            logits = (
+                F.normalize(self.cell_name_head(cells[known]), dim=-1) @ self.concepts()
+            )  # many: no need to be exact
             sums["cell_name"] = name_kl(logits, names, self.loss.smoothing).sum()
             metrics["name/cell"] = (logits.argmax(-1) == names).sum(), known.sum()
         if "cell_colour" in self.weights:

@@ -40,7 +40,7 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig, sharded: bool =
     groups: dict[tuple[bool, float, float], list[Tensor]] = {}
     for name, parameter in named:
         decay = 0.0 if name in norms else config.weight_decay
-        factor = layer_factor(name, depth, config.layer_decay)
+        factor = layer_factor(name, depth, config.layer_decay) * _named_factor(name, config)
         groups.setdefault((is_matrix[name], decay, factor), []).append(parameter)
     rest = _groups(groups, False, config.learning_rate)
     matrices = _groups(groups, True, config.matrix_learning_rate)
@@ -62,6 +62,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
         raise InputError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {config.schedule!r}")
     if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
         raise InputError(f"optimizer.betas must be two numbers from 0 to below 1, got {config.betas}")
+    wrong = {
+        text: factor for text, factor in config.factors.items() if not isinstance(factor, int | float) or factor < 0
+    }
+    if wrong:
+        raise InputError(f"optimizer.factors must be numbers of at least 0, got {wrong}")
     if config.warmup < 0:
         raise InputError(f"optimizer.warmup must not be negative, got {config.warmup}")
 
@@ -105,6 +110,10 @@ def layer_factor(name: str, depth: int, decay: float) -> float:
     if "vision_encoder.patch_embeddings" in name or "vision_encoder.position_embeddings" in name:
         return decay**depth
     return 1.0
+
+
+def _named_factor(name: str, config: OptimizerConfig) -> float:
+    return math.prod(factor for text, factor in config.factors.items() if text in name)
 
 
 def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -141,9 +141,9 @@ class Pictures:
     def check_teacher(self, width: int) -> None:
         """Raise InputError unless the embeddings of all teachers have the width of the concept space."""
         for file in self.files:
-            if file.cache is not None and file.cache.index.width != width:
+            if file.cache is not None and file.cache.width != width:
                 raise InputError(
-                    f"{file.cache.folder} holds embeddings of width {file.cache.index.width}, the concept space has "
+                    f"{file.cache.folder} holds embeddings of width {file.cache.width}, the concept space has "
                     f"width {width}: make the targets with the image tower that belongs to the concepts"
                 )
 

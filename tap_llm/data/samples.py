@@ -120,6 +120,19 @@ class RegionSample:
                 boxes[index] = mask_to_box(self._mask(index))
         return boxes
 
+    def prompts(self) -> list[Region]:
+        """What to prompt TAP with: the box of each region, that of its mask if need be, else its points or stroke.
+
+        Raises:
+            InputError: as `boxes`.
+        """
+        boxes = self.boxes()
+        keys = ("points", "labels", "sketch")
+        return [
+            {"box": box.tolist()} if np.isfinite(box).all() else {key: region[key] for key in keys if key in region}
+            for box, region in zip(boxes, self.regions, strict=True)
+        ]
+
     def _mask(self, index: int) -> BoolArray:
         with _naming(region_name(index, self.regions[index])):
             return read_mask(self.regions[index]["mask"], *self.image_size())

@@ -12,11 +12,9 @@ Where regions have names, `NameTargets` need no teacher at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -25,83 +23,37 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..errors import InputError, MissingFileError
-from ..regions import region_to_json
+from ..errors import InputError
 from .crops import ConceptTeacher, CropReader, SampleCrops
 from .samples import RegionSample
+from .shards import ShardCache, ShardFolder, ShardKind, check_broken, make_index, whole_shard
 
-INDEX_FILE = "index.json"
 SHARD_SIZE = 256
-_FORMAT = "tap-llm concept targets 1"
-_PROBES = 1024  # samples that tell data sets apart
-_MAX_OPEN = 1024  # shards mapped at a time
+TARGETS = ShardKind("concept targets", "teacher", "targets-{:06d}.safetensors", version=2)
 
 
 @dataclass(frozen=True)
-class CacheIndex:
-    """`index.json` of a cache: what it was made of. Shard i has the samples from i * shard_size on."""
+class _Shard:
+    """Embeddings (rows, E) and where each sample's rows begin (samples + 1,), both mapped; what was broken."""
 
-    teacher: str
-    teacher_hash: str
-    data: str
-    data_hash: str
-    samples: int
-    shard_size: int
-    width: int
-    format: str = _FORMAT
-
-    @property
-    def shards(self) -> int:
-        """Number of shards of the whole cache."""
-        return -(-self.samples // self.shard_size)
-
-    def samples_of(self, shard: int) -> range:
-        """Numbers of the samples of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.samples))
-
-    def check_same(self, folder: Path, other: CacheIndex) -> None:
-        """Raise InputError unless both are made by the same teacher from the same data."""
-        for what in ("teacher", "data"):
-            ours, theirs = (f"{getattr(index, what)} [{getattr(index, what + '_hash')}]" for index in (self, other))
-            if getattr(self, f"{what}_hash") != getattr(other, f"{what}_hash"):
-                raise InputError(f"{folder} holds targets of other {what}: {ours}, not {theirs}; choose another folder")
+    embeds: Tensor
+    offsets: Tensor
+    problems: list[str]
 
 
-class TargetCache:
+class TargetCache(ShardCache[_Shard]):
     """Image embeddings of all regions of a data set, on disk, in half precision (2 KB per mask at E = 1024).
 
     Shards are mapped into memory, not read: a cache may be larger than memory, and processes share it.
     """
 
-    def __init__(self, folder: str | Path, index: CacheIndex) -> None:
-        self.folder = Path(folder)
-        self.index = index
-        self._mapped: dict[int, _Shard] = {}
+    kind = TARGETS
+    max_open = 1024
 
-    def __reduce__(self) -> tuple[type, tuple[Path, CacheIndex]]:
-        """Workers map the shards themselves."""
-        return type(self), (self.folder, self.index)
-
-    @classmethod
-    def open(cls, folder: str | Path) -> TargetCache:
-        """Open a complete cache.
-
-        Raises:
-            MissingFileError: there is no cache in the folder.
-            InputError: it is damaged or not complete.
-        """
-        index = _read_index(Path(folder))
-        done = index.shards - len(_missing_shards(Path(folder), index))
-        if done < index.shards:
-            raise InputError(
-                f"the targets in {folder} are not complete ({done} of {index.shards} shards): run the command that "
-                "makes them again, it goes on where it stopped"
-            )
-        return cls(folder, index)
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return self.index.samples
+    @property
+    def width(self) -> int:
+        """Width E of the embeddings."""
+        return self.index.settings["width"]
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         """Embedding (E,) float16 of region `key[1]` of sample `key[0]`; NaN where the region has no crop.
@@ -134,26 +86,14 @@ class TargetCache:
             InputError: there is no such sample or region, or a shard is damaged.
         """
         rows = [self[int(sample), int(region)] for sample, region in zip(samples, regions, strict=True)]
-        return torch.stack(rows) if rows else torch.zeros((0, self.index.width), dtype=torch.float16)
+        return torch.stack(rows) if rows else torch.zeros((0, self.width), dtype=torch.float16)
 
-    def check_data(self, samples: Sequence[RegionSample]) -> None:
-        """Raise InputError unless the cache was made of these samples, in this order."""
-        if _data_hash(samples) != self.index.data_hash:
-            raise InputError(
-                f"{self.folder} holds targets of other data: {self.index.data} ({self.index.samples} samples), not "
-                f"these {len(samples)} samples; make targets for them"
-            )
+    def _read(self, number: int) -> _Shard:
+        return _read_shard(self._shards, number)
 
     def problems(self) -> list[str]:
         """Samples that were broken when the cache was made, with file and reason."""
-        return [text for shard in range(self.index.shards) for text in _read_shard(self.folder, shard).problems]
-
-    def _shard(self, number: int) -> _Shard:
-        if number not in self._mapped:
-            if len(self._mapped) >= _MAX_OPEN:
-                self._mapped.pop(next(iter(self._mapped)))
-            self._mapped[number] = _read_shard(self.folder, number)
-        return self._mapped[number]
+        return [text for shard in range(self.index.shards) for text in _read_shard(self._shards, shard).problems]
 
 
 def build_target_cache(
@@ -195,28 +135,24 @@ def build_target_cache(
     Raises:
         InputError: no samples, too many broken ones, or the folder holds targets of another teacher or data set.
     """
-    if not len(samples) or shard_size < 1:
-        raise InputError(f"{data_name}: {len(samples)} samples in shards of {shard_size} make no targets")
-    made_of = teacher.name, teacher.fingerprint, data_name, _data_hash(samples)
-    folder = Path(folder)
-    index = _claim(folder, CacheIndex(*made_of, len(samples), shard_size, teacher.width), rank)
-    own = range(rank, index.shards, world_size)
-    absent = _missing_shards(folder, index)
-    problems = [text for shard in own if shard not in absent for text in _read_shard(folder, shard).problems]
-    pending = [shard for shard in own if shard in absent]
-    order = [sample for shard in pending for sample in index.samples_of(shard)]
-    total = sum(len(index.samples_of(shard)) for shard in own)
-    reader = CropReader(samples, teacher.settings)
-    loader = DataLoader(reader, batch_size=None, sampler=order, num_workers=workers)
-    with tqdm(loader, "targets", total, initial=total - len(order), unit="sample", disable=not progress) as bar:
+    maker = teacher.name, teacher.fingerprint
+    index = make_index(TARGETS, maker, data_name, samples, shard_size, width=teacher.width)
+    shards = ShardFolder.claim(folder, TARGETS, index, rank)
+    share = shards.share(rank, world_size)
+    problems = [text for shard in share.done for text in _read_shard(shards, shard).problems]
+    order = [sample for shard in share.pending for sample in shards.index.samples_of(shard)]
+    loader = DataLoader(CropReader(samples, teacher.settings), batch_size=None, sampler=order, num_workers=workers)
+    done = share.total - share.left
+    with tqdm(loader, "targets", share.total, initial=done, unit="sample", disable=not progress) as bar:
         stream = iter(bar)
-        for shard in pending:
-            crops = islice(stream, len(index.samples_of(shard)))
-            path = _shard_path(folder, shard)
+        for shard in share.pending:
+            crops = islice(stream, len(shards.index.samples_of(shard)))
+            path = shards.shard_path(shard)
             content, broken = _make_shard(path.name, crops, teacher, batch_size)
             problems += broken
-            _check_broken(problems, total, broken_share)  # before it is written: the causes may be mended
-            _write(path, content)
+            check_broken(problems, share.total, broken_share)  # before it is written: the causes may be mended
+            with whole_shard(path) as part:
+                part.write_bytes(content)
         next(stream, None)  # the bar shows the end only once it has seen it
     return problems
 
@@ -246,91 +182,12 @@ def _make_shard(
     return save(tensors, metadata={"problems": json.dumps(problems)}), problems
 
 
-def _check_broken(problems: list[str], total: int, broken_share: float) -> None:
-    if len(problems) > broken_share * total:
-        first = "; ".join(problems[:3])
-        raise InputError(
-            f"{len(problems)} of {total} samples are broken, more than {broken_share:.1%}; the first: {first}"
-        )
-
-
-def _data_hash(samples: Sequence[RegionSample]) -> str:
-    """Tells data sets apart: a hash of their length, and of the ids and forms of samples spread over them."""
-    places = torch.linspace(0, len(samples) - 1, min(len(samples), _PROBES), dtype=torch.float64).round().long()
-    digest = hashlib.sha256(str(len(samples)).encode())
-    for place in places.tolist():
-        digest.update(_sample_key(samples, place).encode())
-    return digest.hexdigest()[:16]
-
-
-def _sample_key(samples: Sequence[RegionSample], index: int) -> str:
-    try:
-        sample = samples[index]
-        forms = [region_to_json({key: region.get(key) for key in ("box", "mask")}) for region in sample.regions]
-        for form in forms:  # files may move
-            form["mask"] = Path(form["mask"]).name if isinstance(form["mask"], str) else form["mask"]
-        return json.dumps([sample.id, forms])
-    except (InputError, LookupError, TypeError, AttributeError):
-        return "broken"
-
-
-def _write(path: Path, content: bytes, suffix: str = ".part") -> None:
-    """Write beside the file and rename: it appears only when complete, and a crash of the system loses nothing."""
-    part = path.with_name(path.name + suffix)
-    with open(part, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
-
-
-def _claim(folder: Path, index: CacheIndex, rank: int) -> CacheIndex:
-    """The cache's index, made if absent; it must agree. Processes that make it at once write the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / INDEX_FILE).exists():
-        _write(folder / INDEX_FILE, json.dumps(asdict(index), indent=1).encode(), f".{rank}.part")
-    found = _read_index(folder)
-    found.check_same(folder, index)
-    return found
-
-
-def _read_index(folder: Path) -> CacheIndex:
-    try:
-        content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise InputError(f"{folder} is not a cache of concept targets that this version reads")
-        return CacheIndex(**content)
-    except FileNotFoundError:
-        raise MissingFileError(f"there are no concept targets in {folder}: it has no {INDEX_FILE}") from None
-    except (TypeError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder / INDEX_FILE} is damaged: {error!r}") from None
-
-
-def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"targets-{shard:06d}.safetensors"
-
-
-def _missing_shards(folder: Path, index: CacheIndex) -> set[int]:
-    present = {entry.name for entry in os.scandir(folder)}
-    return {shard for shard in range(index.shards) if _shard_path(folder, shard).name not in present}
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Embeddings (rows, E) and where each sample's rows begin (samples + 1,), both mapped; what was broken."""
-
-    embeds: Tensor
-    offsets: Tensor
-    problems: list[str]
-
-
-def _read_shard(folder: Path, number: int) -> _Shard:
+def _read_shard(shards: ShardFolder, number: int) -> _Shard:
     from safetensors import SafetensorError, safe_open
 
-    path = _shard_path(folder, number)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(shards.shard_path(number), "pt") as file:
             problems = json.loads(file.metadata()["problems"])
             return _Shard(file.get_tensor("embeds"), file.get_tensor("offsets"), problems)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it and run the command that makes it again") from None
+        raise shards.damaged(number, error) from None

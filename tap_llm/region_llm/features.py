@@ -54,6 +54,14 @@ class RegionFeatures:
             semantic_tokens, self.boxes.to(device), roi, global_tokens, self.region_image_index.to(device)
         )
 
+    def select(self, rows: Sequence[int]) -> RegionFeatures:
+        """Some of the regions, in a new order; all images stay."""
+        chosen = torch.as_tensor(rows, dtype=torch.long, device=self.semantic_tokens.device)
+        return RegionFeatures(
+            self.semantic_tokens[chosen], self.boxes[chosen], self.roi[chosen], self.global_tokens,
+            self.region_image_index[chosen],
+        )  # fmt: skip
+
     @staticmethod
     def cat(parts: Sequence[RegionFeatures]) -> RegionFeatures:
         """One batch of several; images and regions keep their order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from ..regions import Region
 from ..tap.image_processing_tap import TapImageProcessor
 from ..tap.processing_tap import TapProcessor
 from .encoding import IGNORED, ConversationEncoder, Encoded
+from .features import RegionFeatures
 from .messages import Conversation, read_conversation
 from .placeholders import find_placeholder
 from .templates import template_of
@@ -108,6 +109,7 @@ class TapLlmProcessor(ProcessorMixin):
         chat_template: str | None = None,
         max_length: int | None = None,
         allow_unused_regions: bool = False,
+        region_features: Sequence[RegionFeatures] | None = None,
         return_tensors: str | None = "pt",
         **variables: Any,
     ) -> BatchFeature:
@@ -128,14 +130,17 @@ class TapLlmProcessor(ProcessorMixin):
             chat_template: in place of the processor's own.
             max_length: refuse longer conversations, in tokens; the processor's limit by default.
             allow_unused_regions: leave regions out that no part points at, instead of refusing them.
+            region_features: in place of images and regions, what was extracted of each conversation's before; parts
+                `{"type": "region", "index": i}` point at row i.
             return_tensors: `"pt"`, `"np"` or None.
             variables: of the chat template.
 
         Returns:
             `input_ids`, `attention_mask` (B, L) and with `return_labels` `labels` (B, L), -100 outside of assistant
-            turns; where there are images also `pixel_values`, `original_sizes`, `resized_sizes`, `input_points`,
-            `input_labels`, `region_image_index` of [`TapProcessor`], over the images of all conversations, and
-            `part_index` (M,), see [`TapLlmModel.get_image_features`].
+            turns; `region_features` and `part_index` where features were given; else, where there are images, also
+            `pixel_values`, `original_sizes`, `resized_sizes`, `input_points`, `input_labels`, `region_image_index` of
+            [`TapProcessor`], over the images of all conversations, and `part_index` (M,), see
+            [`TapLlmModel.get_image_features`].
 
         Raises:
             InputError: a conversation, image or region that cannot be used, or that is too long.
@@ -146,6 +151,8 @@ class TapLlmProcessor(ProcessorMixin):
         )
         limit = max_length if max_length is not None else self._limit()
         conversations, texts = [], []
+        if region_features is not None:
+            images, regions = _stand_ins(region_features, images, regions)
         batch = _batch(messages, images, regions)
         for index, given in enumerate(batch):
             with _naming(index, len(batch)):
@@ -159,7 +166,10 @@ class TapLlmProcessor(ProcessorMixin):
         data = self._pad(texts, padding_side or ("right" if return_labels else "left"))
         if not return_labels:
             del data["labels"]
-        return BatchFeature({**data, **self._pictures(conversations)}, tensor_type=return_tensors)
+        if region_features is None:
+            return BatchFeature({**data, **self._pictures(conversations)}, tensor_type=return_tensors)
+        batch_features = BatchFeature({**data, "part_index": _part_index(conversations)}, tensor_type=return_tensors)
+        return BatchFeature({**batch_features, "region_features": _chosen(conversations, region_features)})
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> BatchFeature:
         """The call of the processor, under the name that Transformers has for it; always gives tensors.
@@ -215,6 +225,34 @@ class TapLlmProcessor(ProcessorMixin):
         """Names of the tensors that the model takes."""
         rows = ["input_points", "input_labels", "region_image_index", "part_index"]
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, *rows]
+
+
+def _stand_ins(features: Sequence[RegionFeatures], images: Any, regions: Any) -> tuple[list[Any], list[Any]]:
+    """Images without pixels, and regions that are numbers of rows, for conversations whose features are known."""
+    if images is not None or regions is not None:
+        raise InputError("give either region_features, or images and regions")
+    return [[None] * f.num_images for f in features], [[{"row": row} for row in range(len(f))] for f in features]
+
+
+def _chosen(conversations: Sequence[Conversation], features: Sequence[RegionFeatures]) -> RegionFeatures:
+    """Features of the regions that are spoken of, in the order of their first mention."""
+    return RegionFeatures.cat(
+        [
+            rows.select([region["row"] for region in talk.regions])
+            for talk, rows in zip(conversations, features, strict=True)
+        ]
+    )
+
+
+def _part_index(conversations: Sequence[Conversation]) -> NDArray[np.int64]:
+    """(M,) parts of all conversations, where rows are regions in the order of first mention."""
+    parts: list[int] = []
+    first_image = first_region = 0
+    for conversation in conversations:
+        parts += [first_region + part if part >= 0 else part - first_image for part in conversation.parts]
+        first_image += len(conversation.images)
+        first_region += len(conversation.regions)
+    return np.array(parts, dtype=np.int64)
 
 
 @contextmanager

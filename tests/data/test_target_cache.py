@@ -56,7 +56,7 @@ def test_cache_has_the_embedding_of_every_region(
     whole: Path, samples: list[RegionSample], teacher: ConceptTeacher
 ) -> None:
     cache = TargetCache.open(whole)
-    assert len(cache) == 14 and cache.index.shards == 5 and cache.index.width == WIDTH and cache.problems() == []
+    assert len(cache) == 14 and cache.index.shards == 5 and cache.width == WIDTH and cache.problems() == []
     box = np.zeros((20, 30), dtype=bool)
     box[2:9, 3:] = True
     for number, sample in enumerate(samples):
@@ -88,9 +88,9 @@ def test_many_are_looked_up_in_the_order_asked_for(whole: Path) -> None:
 def test_cache_travels_to_workers_without_its_maps(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = TargetCache.open(whole)
     expected = cache[9, 1]
+    monkeypatch.setattr(TargetCache, "max_open", 2)
     copy = pickle.loads(pickle.dumps(cache))
     assert len(pickle.dumps(cache)) < 1000 and torch.equal(copy[9, 1], expected)
-    monkeypatch.setattr(target_cache, "_MAX_OPEN", 2)
     assert torch.equal(torch.stack([copy[i, 0] for i in (1, 4, 7, 9, 13, 1)])[0], cache[1, 0])
 
 
@@ -106,12 +106,12 @@ def test_damaged_and_missing_files_are_named(whole: Path, tmp_path: Path) -> Non
     shard.unlink()
     with pytest.raises(InputError, match="not complete \\(4 of 5 shards\\)"):
         TargetCache.open(folder)
-    for content in ("{", "[]", "{}", '{"format": "tap-llm concept targets 1"}'):
+    for content in ("{", "[]", "{}", '{"format": "tap-llm concept targets 2"}'):
         (folder / "index.json").write_text(content)
         with pytest.raises(InputError, match=r"index\.json is damaged"):
             TargetCache.open(folder)
     (folder / "index.json").write_text('{"format": "something else"}')
-    with pytest.raises(InputError, match="not a cache"):
+    with pytest.raises(InputError, match=r"holds .something else., not .tap-llm concept targets 2."):
         TargetCache.open(folder)
 
 
@@ -202,7 +202,7 @@ def test_another_teacher_or_data_set_is_refused(
 ) -> None:
     before = files(whole)
     other = ConceptTeacher(make_clip(seed=3))
-    with pytest.raises(InputError, match=f"other teacher.*{teacher.fingerprint}.*{other.fingerprint}"):
+    with pytest.raises(InputError, match=f"another teacher.*{teacher.fingerprint}.*{other.fingerprint}"):
         build(samples, other, whole)
     with pytest.raises(InputError, match=r"other data: samples \[\w+\], not other\.json \[\w+\]; choose another"):
         build(samples[::-1], teacher, whole, data_name="other.json")
@@ -227,9 +227,9 @@ def test_data_is_told_apart_by_regions_not_by_words(
 
 
 def broken_samples(samples: list[RegionSample], *broken: int) -> list[RegionSample]:
-    """Some samples with a picture that is not there."""
+    """Some samples with a picture that is none."""
     return [
-        RegionSample("absent.png", sample.regions, id=sample.id) if number in broken else sample
+        RegionSample(np.zeros(7), sample.regions, id=sample.id) if number in broken else sample
         for number, sample in enumerate(samples)
     ]
 
@@ -283,5 +283,6 @@ def test_no_samples_make_no_cache(teacher: ConceptTeacher, samples: list[RegionS
 
 def test_index_says_what_the_cache_was_made_of(whole: Path, teacher: ConceptTeacher) -> None:
     index = json.loads((whole / "index.json").read_text())
-    assert index["teacher"] == "CLIPModel built in memory (float32)" and index["teacher_hash"] == teacher.fingerprint
-    assert (index["data"], index["samples"], index["shard_size"], index["width"]) == ("samples", 14, 3, WIDTH)
+    assert index["maker"] == "CLIPModel built in memory (float32)" and index["maker_hash"] == teacher.fingerprint
+    assert (index["data"], index["samples"], index["shard_size"]) == ("samples", 14, 3)
+    assert index["settings"] == {"width": WIDTH}

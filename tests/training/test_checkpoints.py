@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from tap_llm.errors import InputError
@@ -202,3 +203,25 @@ def test_files_are_replaced_at_once(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", "1")
     write_text(tmp_path / "a.json", "é")
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "é" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_frozen_weights_are_not_stored(tmp_path: Path) -> None:
+    """They may be those of a large language model; they stay as they were loaded."""
+    accelerator = Accelerator(cpu=True)
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    module[1].requires_grad_(False)
+    model = accelerator.prepare(module)
+    checkpoints = Checkpoints(accelerator, tmp_path, 1, SETTINGS)
+    checkpoints.find_start(resume=False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    checkpoints.save(3, 0.5)
+    stored = load_file(tmp_path / "checkpoints" / "step_00000003" / "model.safetensors")
+    buffers = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert stored.keys() == {"2.weight", "2.bias"} | buffers
+    with torch.no_grad():
+        module[0].weight.zero_()
+        module[2].weight.zero_()
+    assert checkpoints.load(3) == 0.5
+    assert torch.equal(module[2].weight, before["2.weight"]) and not module[0].weight.any()
+    assert model is not None
