@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy, deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..tap.configuration_tap import TapConfig
 from ..tap.modeling_tap import TapForConditionalGeneration, TapModel
 
 EMBEDDING_ROWS = 8192  # rows of the LLM's table looked up at a time
@@ -27,6 +29,16 @@ def check_parts(tap: Any, llm: Any) -> TapModel:
     if not isinstance(llm, PreTrainedModel) or llm.get_output_embeddings() is None:
         raise InputError(f"llm must be a causal LM of Transformers (adapters merged), got {type(llm).__name__}")
     return body
+
+
+def shared_config(body: TapModel) -> TapConfig:
+    """Configuration of a TAP within a joined model: the parts that are joined stay its own, live ones.
+
+    The captions are not joined; a configuration without its model loses its attention, and TAP may still caption.
+    """
+    config = copy(body.config)
+    config.text_config = deepcopy(body.config.text_config)
+    return config
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..tap.modeling_tap import TapModel
 from .configuration_tap_llm import TapLlmConfig
 from .features import RegionFeatures, extract_features
-from .joining import argument_names, check_parts, embedding_rms, name_of
+from .joining import argument_names, check_parts, embedding_rms, name_of, shared_config
 from .placeholders import cached_length, gather_parts, placeholder_mask, prepared_rows
 from .projectors import BoxPosition, FeatureMlp, RegionProjector, find_projector
 
@@ -218,7 +218,7 @@ class TapLlmForConditionalGeneration(TapLlmPreTrainedModel, GenerationMixin):
         find_projector(projector)
         settings = {"tap_name_or_path": name_of(tap), "llm_name_or_path": name_of(llm), **settings}
         config = TapLlmConfig(
-            tap_config=body.config,
+            tap_config=shared_config(body),
             text_config=llm.config,
             projector=projector,
             embedding_rms=embedding_rms(llm),

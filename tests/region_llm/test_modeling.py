@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, TextStreamer
 
-from tap_llm import InputError, RegionFeatures, TapLlmForConditionalGeneration, TapLlmModel, TapLlmProcessor, TapModel
+from tap_llm import (
+    InputError,
+    RegionFeatures,
+    TapForConditionalGeneration,
+    TapLlmForConditionalGeneration,
+    TapLlmModel,
+    TapLlmProcessor,
+    TapModel,
+)
 
 NAMES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "smollm3", "gpt2"]
 PRESETS = ["lite", "base", "full"]
@@ -272,6 +281,15 @@ class TestJoining:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @torch.no_grad()
+    def test_tap_keeps_its_attention(self, tap: TapModel, make_llm: Any) -> None:
+        """Its caption decoder, which is not joined, too."""
+        whole = TapForConditionalGeneration(deepcopy(tap.config))
+        parts = ("vision_config", "mask_decoder_config", "text_config")
+        before = [getattr(whole.config, part)._attn_implementation for part in parts]
+        TapLlmForConditionalGeneration.from_tap_and_llm(whole, make_llm("llama"), "lite")
+        assert [getattr(whole.config, part)._attn_implementation for part in parts] == before == ["sdpa"] * 3
+        assert whole.caption_decoder.config._attn_implementation == "sdpa"
+
     def test_half_precision_llm_with_full_precision_tap(self, dtype: torch.dtype, join: Join, talks: Any) -> None:
         model, processor = join("llama", "full")
         exact = model(**processor(talks[0])).logits
