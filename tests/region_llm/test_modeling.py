@@ -279,8 +279,6 @@ class TestJoining:
         assert model.get_output_embeddings() is llm.get_output_embeddings()
         assert not any(value.is_meta for value in model.state_dict().values())
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @torch.no_grad()
     def test_tap_keeps_its_attention(self, tap: TapModel, make_llm: Any) -> None:
         """Its caption decoder, which is not joined, too."""
         whole = TapForConditionalGeneration(deepcopy(tap.config))
@@ -290,6 +288,8 @@ class TestJoining:
         assert [getattr(whole.config, part)._attn_implementation for part in parts] == before == ["sdpa"] * 3
         assert whole.caption_decoder.config._attn_implementation == "sdpa"
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @torch.no_grad()
     def test_half_precision_llm_with_full_precision_tap(self, dtype: torch.dtype, join: Join, talks: Any) -> None:
         model, processor = join("llama", "full")
         exact = model(**processor(talks[0])).logits
