@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from .cli_chat import chat
 from .cli_data import app as data_app
+from .cli_merge import merge
 from .cli_picture import check_target, save_picture
 from .cli_quiet import quiet
+from .cli_regions import BoxOption, MaskOption, OrderedCommand, PointOption, check_inputs, given_regions
 from .cli_scene import scene
 from .cli_tokenize import Stopped, tokenize
 from .errors import InputError
 
 INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
-REGION_OPTIONS = ("box", "point", "mask")
 _CAPTION_WIDTH = 20  # least columns for captions; narrower terminals get longer lines
 # Base of all usage errors; newer typer has its own copy of click and does not export it.
 _ClickException: Any = typer.BadParameter.__mro__[2]
@@ -41,34 +42,18 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 
-class _OrderedCommand(TyperCommand):
-    """Remembers in which order region options of different kinds were given."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["regions"] = [param.name for param in order if param.name in REGION_OPTIONS]
-        return super().parse_args(ctx, args)
-
-
 @app.callback()
 def _commands() -> None:
     """Keeps `describe` a sub-command however few there are."""
 
 
-@app.command(cls=_OrderedCommand)
+@app.command(cls=OrderedCommand)
 def describe(
     ctx: typer.Context,
     image: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
-    box: Annotated[
-        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="Region: box in pixels. Repeatable.")
-    ] = None,
-    point: Annotated[
-        list[str] | None,
-        typer.Option(metavar="'X,Y ...'", help="Region: point, or several; X,Y,0 lies outside. Repeatable."),
-    ] = None,
-    mask: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Region: mask image of the picture's size. Repeatable.")
-    ] = None,
+    box: BoxOption = None,
+    point: PointOption = None,
+    mask: MaskOption = None,
     everything: Annotated[bool, typer.Option("--everything", help="Find all regions instead.")] = False,
     points_per_side: Annotated[
         list[int] | None,
@@ -108,10 +93,10 @@ def describe(
     settings |= {"crop_layers": crop_layers} if crop_layers else {}
     if settings and not everything:
         raise InputError("--points-per-side and --crop-layers go with --everything")
-    regions = _regions(ctx.meta["regions"], {"box": box or [], "point": point or [], "mask": mask or []})
+    regions = given_regions(ctx, box, point, mask)
     _check_choice(regions, everything)
     target = _picture_path(image, out, as_json)
-    picture = _check_inputs(image, regions)
+    picture = check_inputs(image, regions)
     pipe = _load_pipeline(model, tokenizer, concepts, device, dtype)
     if captions and not pipe.can_caption:
         _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
@@ -125,6 +110,8 @@ def describe(
         _note(f"picture: {target}")
 
 
+app.command(cls=OrderedCommand)(chat)
+app.command()(merge)
 app.command()(scene)
 app.command()(tokenize)
 
@@ -155,37 +142,6 @@ def convert(
         _note("no captions without a tokenizer: convert again with --tokenizer FILE to have them")
 
 
-def _regions(order: Sequence[str], given: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Region dicts in the order of the command line, whatever their kind."""
-    parse = {"box": _parse_box, "point": _parse_points, "mask": lambda text: {"mask": text}}
-    queues = {kind: iter(texts) for kind, texts in given.items()}
-    return [parse[kind](next(queues[kind])) for kind in order]
-
-
-def _parse_box(text: str) -> dict[str, Any]:
-    return {"box": _numbers(text, (4,), f"--box {text}: expected four numbers x0,y0,x1,y1 in pixels")}
-
-
-def _parse_points(text: str) -> dict[str, Any]:
-    """'x,y[,0|1] x,y[,0|1]' -> one region."""
-    message = f"--point {text}: expected x,y or x,y,1 (inside) or x,y,0 (outside), points separated by spaces"
-    points = [_numbers(item, (2, 3), message) for item in text.split()]
-    labels = [item[2] if len(item) == 3 else 1 for item in points]
-    if not points or not set(labels) <= {0, 1}:
-        raise InputError(message)
-    return {"points": [item[:2] for item in points], "labels": [int(label) for label in labels]}
-
-
-def _numbers(text: str, counts: tuple[int, ...], message: str) -> list[float]:
-    try:
-        values = [float(item) for item in text.split(",")]
-    except ValueError:
-        raise InputError(message) from None
-    if len(values) not in counts:
-        raise InputError(message)
-    return [int(value) if value.is_integer() else value for value in values]
-
-
 def _check_choice(regions: Sequence[Any], everything: bool) -> None:
     if regions and everything:
         raise InputError("--everything finds the regions itself: give it, or --box, --point and --mask, not both")
@@ -204,16 +160,6 @@ def _picture_path(image: Path, out: Path | None, as_json: bool) -> Path | None:
     if target.exists() and image.exists() and target.samefile(image):
         raise InputError(f"--out {target} would overwrite the picture itself; choose another name")
     return target
-
-
-def _check_inputs(image: Path, regions: list[dict[str, Any]]) -> Any:
-    """Read the picture and check its regions before a model is loaded."""
-    from .images import load_image
-    from .regions import parse_regions
-
-    picture = load_image(image)
-    parse_regions(regions, [(picture.height, picture.width)])
-    return picture
 
 
 def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, device: str | None, dtype: str) -> Any:

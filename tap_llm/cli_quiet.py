@@ -8,6 +8,7 @@ import sys
 
 def quiet() -> None:
     """Silence what libraries say while loading; our own notes remain."""
+    import logging as python_logging
     import warnings
 
     from huggingface_hub.utils import logging as hub_logging
@@ -16,6 +17,7 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     warnings.filterwarnings("ignore")
 
 

@@ -265,9 +265,9 @@ def raising(error):
 
 
 def test_interrupt_is_130_and_bugs_keep_their_traceback(photo, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_check_inputs", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(cli, "check_inputs", raising(KeyboardInterrupt()))
     assert "interrupted" in assert_fails(capsys, describe(photo, *BOX, model="any"), code=130)
-    monkeypatch.setattr(cli, "_check_inputs", raising(RuntimeError("a bug")))
+    monkeypatch.setattr(cli, "check_inputs", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         describe(photo, *BOX, model="any")
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..errors import InputError
 from ..tap.modeling_tap import TapModel
 from .configuration_tap_llm import TapLlmConfig
 from .features import RegionFeatures, extract_features
@@ -46,6 +47,24 @@ class TapLlmPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FeatureMlp | BoxPosition):
             module.init_weights()
+
+    def enable_input_require_grads(self) -> None:
+        """Of the LLM alone: TAP runs without gradients, and its owner may use it elsewhere."""
+        self._body().language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        """Undo it."""
+        self._body().language_model.disable_input_require_grads()
+
+    def _body(self) -> Any:
+        """The [`TapLlmModel`]."""
+        return getattr(self, "model", self)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; raises InputError while there are adapters, whose weights would be mixed up with it."""
+        if any(getattr(part, "_hf_peft_config_loaded", False) for part in self.modules()):
+            raise InputError("the model holds adapters: save them with save_adapter, or merge(model) before saving it")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class TapLlmModel(TapLlmPreTrainedModel):
@@ -135,9 +154,8 @@ class TapLlmModel(TapLlmPreTrainedModel):
     def feature_rows(self, **features: Any) -> list[Tensor]:
         """Rows of [`TapLlmModel.get_image_features`]; none, at no cost, where nothing would be read of the images."""
         given = {name for name in FEATURE_INPUTS if features.get(name) is not None}
-        points = features.get("input_points")
-        regions = "region_features" in given or (points is not None and len(points) > 0)
-        if not given or not (regions or self.config.tokens_per_image):
+        regions = next((features[name] for name in ("region_features", "input_points") if name in given), ())
+        if not given or not (len(regions) or self.config.tokens_per_image):
             return []
         return self.get_image_features(**features).pooler_output  # type: ignore[return-value]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ..concepts import ConceptSpace
 from ..errors import InputError
+from ..folders import check_free, new_folder
 from .image_processing_tap import TapImageProcessor
 from .modeling_tap import TapForConditionalGeneration
 from .official_config import MASK_DECODER_HEAD_DIM, TEXT_HEAD_DIM, canvas_of, infer_config
@@ -181,26 +180,6 @@ def image_processor_from_official(state_dict: Mapping[str, Tensor]) -> TapImageP
     return TapImageProcessor(**options)
 
 
-def _check_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder; choose another output")
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place at the end; errors leave nothing behind."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-            folder = Path(temporary) / "new"
-            folder.mkdir()
-            yield folder
-            _check_free(output)  # someone else may have filled it meanwhile
-            folder.replace(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error}") from None
-
-
 def convert_checkpoint(
     checkpoint: str | Path,
     output_dir: str | Path,
@@ -229,7 +208,7 @@ def convert_checkpoint(
         MissingFileError: any of the files is not there.
     """
     output = Path(output_dir).absolute()
-    _check_free(output)
+    check_free(output)
     state = read_state_dict(checkpoint)
     try:
         model, report = model_from_official(state, strict, dtype)
@@ -241,7 +220,7 @@ def convert_checkpoint(
     space = ConceptSpace.from_pretrained(concepts) if concepts is not None else None
     if space is not None:
         space.check_width(config.mask_decoder_config.semantic_embed_dim)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         if space is not None:
             space.save_pretrained(folder)
         TapProcessor(image_processor, words).save_pretrained(folder)

@@ -21,8 +21,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from tap_llm import TapForConditionalGeneration
 from tap_llm.concepts import ConceptSpace
 from tap_llm.tap.configuration_tap import TapConfig
+from training.align import AlignConfig
 from training.caption import CaptionConfig
 from training.captioning import CaptionLossConfig, CaptionObjective
+from training.chat import ChatConfig
 from training.config import load_config
 from training.models import random_concepts
 from training.objective import LossConfig, PromptConfig, RegionObjective
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
-CLASSES = {"pretrain": PretrainConfig, "caption": CaptionConfig}
+CLASSES = {"pretrain": PretrainConfig, "caption": CaptionConfig, "align": AlignConfig, "chat": ChatConfig}
 
 
 def named(path: Path) -> str:
@@ -53,10 +55,10 @@ def test_recipe(path: Path) -> None:
     assert config.run.output_dir.startswith("runs/")
     assert 0 < schedule_factor(0, config.run.steps, config.optimizer) <= 1
     assert config.optimizer.warmup < config.run.steps
-    if config.model.start is None:
+    if isinstance(config, PretrainConfig | CaptionConfig):
+        fresh = config.model.start is None
+        assert fresh or config.model.overrides == {}
         TapConfig.from_variant(config.model.variant, **config.model.overrides)
-    else:
-        assert config.model.overrides == {}
 
 
 def test_each_size_has_the_same_files() -> None:

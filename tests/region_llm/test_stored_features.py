@@ -60,3 +60,14 @@ def test_a_part_beyond_the_stored_regions(join: Join, pictures: list[Image.Image
     features = [store(model, processor, pictures[0], BOXES[0])]
     with pytest.raises(InputError, match="region part 7 has no region: 3 given"):
         processor([talk(7)], region_features=features)
+
+
+def test_stored_features_without_a_region(join: Join, pictures: list[Image.Image]) -> None:
+    """Of a picture that no one speaks of: nothing is put in."""
+    model, processor = join("llama", "base")
+    features = store(model, processor, pictures[0], BOXES[0])
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hello"}]}]
+    stored = processor([messages], region_features=[features], allow_unused_regions=True)
+    assert len(stored["region_features"]) == 0
+    bare = model.model.language_model(input_ids=stored["input_ids"], attention_mask=stored["attention_mask"])
+    assert torch.equal(model(**stored).logits, bare.logits)

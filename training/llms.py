@@ -1,0 +1,128 @@
+"""Region language models for the recipes: joined of a TAP and an LLM, or gone on with from an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tap_llm.errors import InputError
+from tap_llm.loading import load_tap
+from tap_llm.region_llm.adapters import load_adapter, save_adapter
+from tap_llm.region_llm.left_out import leave_out_tap
+from tap_llm.region_llm.llm_loading import load_llm, load_llm_tokenizer
+from tap_llm.region_llm.modeling_tap_llm import TapLlmForConditionalGeneration
+from tap_llm.region_llm.processing_tap_llm import TapLlmProcessor
+from tap_llm.region_llm.projectors import find_projector
+from tap_llm.region_llm.token_cache import TokenCache
+
+from .chat_objective import ChatObjective
+from .config import OptimizerConfig, RunConfig, to_dict
+from .dialogues import DialogueBatches, DialogueConfig, Dialogues
+from .loop import fit
+from .recipe import VALIDATION_BATCHES, Recipe
+
+
+@dataclass
+class LlmConfig:
+    """Which model is trained."""
+
+    start: str | None = None
+    """Adapter of an earlier stage (its `final/`), to go on with; it says which TAP and LLM it needs."""
+    tap: str = "tap-tiny"
+    """TAP: a folder, a hub id, a bundled or an official name."""
+    llm: str | None = None
+    """LLM: a folder or a hub id of any causal LM; with `start` only where it lies elsewhere now."""
+    projector: str = "base"
+    """Preset: `lite`, `base` or `full`."""
+    chat_template: str | None = None
+    """`plain`, `chatml` or a file, for LLMs without a chat template, or in place of theirs."""
+    region_token: str | None = None
+    """Token of the LLM that keeps the place of regions; chosen by itself if null."""
+    dtype: str = "bfloat16"
+    """Of the frozen parts; what is trained is kept in float32."""
+    four_bit: bool = False
+    """Load the LLM in 4 bits (QLoRA; needs bitsandbytes)."""
+    attention: str | None = None
+    """Attention implementation of the LLM."""
+
+
+@dataclass
+class ChatRecipeConfig:
+    """What the configurations of both stages have."""
+
+    model: LlmConfig = field(default_factory=LlmConfig)
+    data: DialogueConfig = field(default_factory=DialogueConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def build_llm(config: LlmConfig) -> tuple[TapLlmForConditionalGeneration, TapLlmProcessor]:
+    """A model to train, with nothing frozen yet, and its processor.
+
+    Raises:
+        InputError: no LLM is named, or a part cannot be used.
+    """
+    if config.start is not None:
+        model, processor = load_adapter(config.start, llm=config.llm, dtype=config.dtype, four_bit=config.four_bit)
+    elif config.llm is not None:
+        tap, tap_processor, _ = load_tap(config.tap, dtype=config.dtype)
+        llm = load_llm(config.llm, config.four_bit, config.dtype)
+        model = TapLlmForConditionalGeneration.from_tap_and_llm(tap, llm, config.projector)
+        tokenizer = load_llm_tokenizer(config.llm)
+        processor = TapLlmProcessor.for_model(
+            model, tap_processor, tokenizer, config.chat_template, config.region_token
+        )
+    else:
+        raise InputError("model.llm: name a causal language model (a folder or a hub id), or model.start an adapter")
+    if config.attention:
+        model.model.language_model.set_attn_implementation(config.attention)
+    return model, processor
+
+
+def open_caches(config: DialogueConfig, model: TapLlmForConditionalGeneration) -> list[TokenCache]:
+    """Region tokens of the data. With them, TAP is left out of the model: no image encoder stays in memory.
+
+    Raises:
+        InputError: they were made by another TAP, or lack what the projector reads.
+    """
+    reads = find_projector(model.config.projector)
+    caches = [TokenCache.open(folder, reads.uses_roi, reads.uses_global) for folder in config.tokens]
+    for cache in caches:
+        cache.check_model(model.model.tap)
+        cache.check_config(model.config)
+    if caches:
+        leave_out_tap(model)
+    return caches
+
+
+def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processor: TapLlmProcessor) -> Path:
+    """Train what of the model is not frozen on conversations; returns the folder of the adapter.
+
+    Args:
+        config: a [`ChatRecipeConfig`].
+        model: frozen but for what is trained.
+        processor: of the model.
+    """
+    run: RunConfig = config.run
+    caches = open_caches(config.data, model)
+    if run.gradient_checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+
+    def batches(dialogues: Dialogues, length: int | None = None) -> DialogueBatches:
+        return DialogueBatches(dialogues, processor, run.batch_size, length)
+
+    def save(state: dict[str, Tensor], folder: Path) -> None:
+        ours = {key.removeprefix("model."): value for key, value in state.items()}
+        save_adapter(model, folder, processor, state_dict=ours)
+
+    recipe = Recipe(
+        trainee=ChatObjective(model),
+        batches=batches(Dialogues(config.data, run.seed, caches=caches)),
+        validation=batches(Dialogues(config.data, validation=True, caches=caches), VALIDATION_BATCHES),
+        save=save,
+        better="accuracy",
+    )
+    return fit(recipe, run, config.optimizer, to_dict(config))
