@@ -227,7 +227,6 @@ class TestSaving:
             save_adapter(model, tmp_path / "a")
             assert json.loads((tmp_path / "a/tap_llm_adapter.json").read_text())["tap"]["name"] == name
 
-
     def test_the_whole_model_is_not_saved_with_adapters_in_it(self, make_adapter: Any, tmp_path: Path) -> None:
         model, _, _ = make_adapter()
         with pytest.raises(InputError, match="save_adapter, or merge"):

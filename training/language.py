@@ -1,0 +1,128 @@
+"""Train a tiny language model from nothing on the text of the scene world; a start for region chat on a laptop.
+
+    accelerate launch -m training.language --config configs/tap_tiny_chat/1_language.yaml [key=value …] [--resume]
+
+The result is a plain Llama of Transformers with tied embeddings, its tokenizer and its chat template. No picture and no
+TAP is used; where regions will be, the text has placeholders, see `training/language_objective.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tap_llm.errors import InputError
+
+from .chat_tokenizer import load_chat_tokenizer, train_chat_tokenizer
+from .config import OptimizerConfig, RunConfig, main_of, to_dict
+from .language_objective import LanguageObjective
+from .loop import check, fit
+from .recipe import VALIDATION_BATCHES, Recipe
+from .talks import TalkBatches, TalkConfig, Talks
+
+TOKENIZER_TALKS = 3000  # conversations that the tokenizer is trained on
+
+
+@dataclass
+class LlmSize:
+    """Size and words of the language model."""
+
+    hidden_size: int = 160
+    layers: int = 6
+    heads: int = 5
+    mlp: int = 384
+    vocabulary: int = 2048
+    max_length: int = 1024
+    """Longest conversation in tokens, now and later."""
+    template: str = "chatml"
+    """Bundled chat template, which becomes the tokenizer's own: `plain` or `chatml`."""
+
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be."""
+        for name in ("hidden_size", "layers", "heads", "mlp", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
+            raise InputError(
+                f"model.hidden_size {self.hidden_size} must be a multiple of model.heads {self.heads}, an even one"
+            )
+
+
+@dataclass
+class LanguageConfig:
+    """Configuration of this recipe."""
+
+    model: LlmSize = field(default_factory=LlmSize)
+    data: TalkConfig = field(default_factory=TalkConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def main(config: LanguageConfig) -> Path:
+    """Train; returns the folder of the language model."""
+    run = config.run
+    check(run, config.optimizer)
+    config.model.check()
+    set_seed(run.seed)
+    talks = Talks(config.data, run.seed)
+    tokenizer = make_tokenizer(talks, config)
+    llm = make_llm(config.model, tokenizer)
+    if run.gradient_checkpointing:
+        llm.gradient_checkpointing_enable()
+
+    def batches(source: Talks, length: int | None = None) -> TalkBatches:
+        return TalkBatches(source, tokenizer, run.batch_size, config.model.max_length, length)
+
+    training = batches(talks)
+
+    def save(state: dict[str, Tensor], folder: Path) -> None:
+        ours = {key.removeprefix("llm."): value for key, value in state.items() if key.startswith("llm.")}
+        llm.save_pretrained(folder, state_dict=ours)
+        tokenizer.save_pretrained(folder)
+
+    recipe = Recipe(
+        trainee=LanguageObjective(llm, training.region_id),
+        batches=training,
+        validation=batches(talks.for_validation(), VALIDATION_BATCHES),
+        save=save,
+        better="accuracy",
+    )
+    return fit(recipe, run, config.optimizer, to_dict(config))
+
+
+def make_tokenizer(talks: Talks, config: LanguageConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer for the text of the scene world, kept in the run's folder; a resumed run takes the one there."""
+    folder = Path(config.run.output_dir) / "tokenizer"
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with state.main_process_first():  # the others read its files
+        if state.is_main_process and not (config.run.resume and folder.is_dir()):
+            texts = talks.texts(TOKENIZER_TALKS)
+            train_chat_tokenizer(texts, config.model.vocabulary, config.model.template).save_pretrained(folder)
+    return load_chat_tokenizer(folder)
+
+
+def make_llm(size: LlmSize, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A language model with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden_size,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=size.max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+if __name__ == "__main__":
+    main_of(__doc__, LanguageConfig, main)
