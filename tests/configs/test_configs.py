@@ -26,6 +26,7 @@ from training.caption import CaptionConfig
 from training.captioning import CaptionLossConfig, CaptionObjective
 from training.chat import ChatConfig
 from training.config import load_config
+from training.language import LanguageConfig
 from training.models import random_concepts
 from training.objective import LossConfig, PromptConfig, RegionObjective
 from training.optimization import schedule_factor
@@ -35,7 +36,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
-CLASSES = {"pretrain": PretrainConfig, "caption": CaptionConfig, "align": AlignConfig, "chat": ChatConfig}
+CLASSES = {
+    "pretrain": PretrainConfig,
+    "caption": CaptionConfig,
+    "language": LanguageConfig,
+    "align": AlignConfig,
+    "chat": ChatConfig,
+}
 
 
 def named(path: Path) -> str:
