@@ -120,6 +120,8 @@ def _lines() -> Iterator[str]:
             yield input(prompt).strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(f"the input is not {error.encoding}: {error.reason}") from None
 
 
 def _interact(session: ChatSession, lines: Iterator[str]) -> None:

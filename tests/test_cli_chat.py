@@ -155,6 +155,14 @@ def test_a_dialogue_ends_with_its_input(
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_dialogue_in_bytes_that_are_no_text(
+    whole: Path, photo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert cli.main(["chat", photo, "--model", str(whole), *SHORT]) == 2
+    assert "tap-llm: the input is not utf-8" in capsys.readouterr().err
+
+
 def test_a_stopped_answer_is_forgotten(
     whole: Path, photo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

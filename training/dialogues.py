@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tap_llm.data.broken import BrokenCount
+from tap_llm.data.broken import BrokenCount, with_place
 from tap_llm.data.instructions import InstructionSamples
 from tap_llm.data.messages import Message, question_messages
 from tap_llm.data.readers import open_samples
@@ -81,6 +81,8 @@ class Dialogue(NamedTuple):
     sample: RegionSample
     features: RegionFeatures | None
     """Region tokens of the sample, where they are cached."""
+    place: str
+    """File and record, for messages."""
 
     def length(self) -> int:
         """Rough length of the text in tokens."""
@@ -124,16 +126,17 @@ class Dialogues:
         rng = np.random.default_rng((self.seed, number))
         if self.scenes is not None and rng.random() < self.config.scene_share:
             sample = self.scenes[number]
-            return Dialogue(sample.conversations, sample, None)
+            return Dialogue(sample.conversations, sample, None, f"scene {number}")
         epoch, position = divmod(number, len(self.places))
         which, index = self.places[self._order(epoch)[position]].tolist()
         file = self.files[which]
         try:
             sample = file[index]
             messages = _one_conversation(sample, rng)
-        except (InputError, OSError) as error:
-            raise InputError(f"{file.path}, {str(error)}") from error
-        return Dialogue(messages, sample, self.caches[which][index] if self.caches else None)
+        except (InputError, OSError, LookupError, TypeError, AttributeError) as error:  # they break in many ways
+            raise InputError(f"{file.path}, {with_place(file, index, error)}") from error
+        features = self.caches[which][index] if self.caches else None
+        return Dialogue(messages, sample, features, f"{file.path}, {file.where(index)}")
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch; the last one is kept."""
@@ -206,7 +209,7 @@ class DialogueBatches:
     def _length_of(self, number: int) -> int:
         try:
             return self.dialogues[number].length()
-        except InputError:  # told when it is drawn
+        except (InputError, TypeError, AttributeError):  # told when it is drawn
             return 0
 
     def _draw(self, number: int) -> Dialogue | None:
@@ -222,7 +225,7 @@ class DialogueBatches:
         try:
             self._process([dialogue])
         except (InputError, OSError) as error:
-            self._tell(f"{dialogue.sample.source or 'sample'} {dialogue.sample.id}: {error}")
+            self._tell(f"{dialogue.place}: {error}")
             return False
         return True
 
@@ -268,7 +271,10 @@ def _one_conversation(sample: RegionSample, rng: np.random.Generator) -> list[Me
         raise InputError(f"{sample.id or 'a sample'}: has no conversation")
     if "role" in turns[0]:
         return turns
-    return question_messages(turns[int(rng.integers(len(turns)))])
+    record = turns[int(rng.integers(len(turns)))]
+    if not {"question", "answer"} <= record.keys():
+        raise InputError(f'expected messages or {{"question", "answer"}}, got keys {", ".join(map(str, record))}')
+    return question_messages(record)
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:

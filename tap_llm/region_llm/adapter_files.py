@@ -163,6 +163,8 @@ def read_lora(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     from peft import LoraConfig  # seconds, which nobody should wait for who asks whether a folder holds an adapter
 
+    if not (folder / LORA_CONFIG).is_file():  # PEFT would ask the hub for it, taking the folder for a repository
+        raise InputError(f"the adapter {folder} is damaged: it has no {LORA_CONFIG}")
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except Exception as error:

@@ -91,6 +91,15 @@ def _contents(message: Any, index: int) -> list[dict[str, Any]]:
     return [dict(part) for part in content]
 
 
+def _checked_text(text: str) -> str:
+    """The text, if it is Unicode: bytes that Python could not read, and escapes such as "\\ud83d", leave halves."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not valid Unicode: character {error.start} is half of one: rewrite it") from None
+    return text
+
+
 def _with_images(messages: Any, contents: list[list[dict[str, Any]]], images: Any) -> list[list[dict[str, Any]]]:
     """Image parts for images that were given beside messages without any."""
     if not images or any(part.get("type") == "image" for parts in contents for part in parts):
@@ -120,7 +129,7 @@ class _Reader:
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise InputError('a text part needs "text"')
-            return part["text"]
+            return _checked_text(part["text"])
         if kind not in ("image", "region"):
             raise InputError(f'unknown part type {kind!r}; types are "text", "image" and "region"')
         self.result.parts.append(self._image(part) if kind == "image" else self._region(part))

@@ -20,6 +20,13 @@ _RESERVED = re.compile(r"reserved|unused|placeholder|(image|vision|video)_?pad|<
 _IMPOSSIBLE_BYTES = ("ÿ", "þ", "ý", "ü", "û", "ú", "ù", "ø", "÷", "ö", "õ", "Á", "À", "<0xFF>", "<0xFE>", "<0xFD>")
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a tokenizer without words: without its files, Transformers makes an empty one."""
+    if not tokenizer.encode("a", add_special_tokens=False):
+        where = str(tokenizer.name_or_path or "") or type(tokenizer).__name__
+        raise InputError(f"the tokenizer {where} knows no text: its files, such as tokenizer.json, are missing there")
+
+
 def find_placeholder(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, token: str | int | None = None
 ) -> int:
@@ -34,8 +41,9 @@ def find_placeholder(
         token: the choice of the user, as text or id.
 
     Raises:
-        InputError: the choice cannot be used, or there is no such token.
+        InputError: the choice cannot be used, there is no such token, or the tokenizer is empty.
     """
+    check_tokenizer(tokenizer)
     template = str(chat_template if chat_template is not None else tokenizer.chat_template or "")
     if token is not None:
         return _checked(tokenizer, template, token)
@@ -158,4 +166,4 @@ def cached_length(input_ids: Tensor, attention_mask: Tensor | None, past_key_val
     return int(past_key_values.get_seq_length()) if whole else 0
 
 
-__all__ = ["cached_length", "find_placeholder", "gather_parts", "placeholder_mask", "prepared_rows"]
+__all__ = ["cached_length", "check_tokenizer", "find_placeholder", "gather_parts", "placeholder_mask", "prepared_rows"]

@@ -19,7 +19,7 @@ from ..tap.processing_tap import TapProcessor
 from .encoding import IGNORED, ConversationEncoder, Encoded
 from .features import RegionFeatures
 from .messages import Conversation, read_conversation
-from .placeholders import find_placeholder
+from .placeholders import check_tokenizer, find_placeholder
 from .templates import template_of
 
 UNLIMITED = 10**7  # tokenizers without a limit state one beyond this
@@ -53,6 +53,7 @@ class TapLlmProcessor(ProcessorMixin):
         given = chat_template if chat_template is not None else tokenizer.chat_template
         template = template_of(tokenizer, given) if given else None
         super().__init__(image_processor, tokenizer, chat_template=template)
+        check_tokenizer(tokenizer)
         if region_token_id is None:
             region_token_id = find_placeholder(tokenizer, template)
         self.region_token_id = region_token_id

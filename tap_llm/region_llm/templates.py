@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -53,7 +52,7 @@ def load_template(template: str | Path) -> str:
         return text
     try:
         return Path(text).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(BUNDLED_TEMPLATES)
         raise InputError(f"chat template {text!r} is neither a bundled one ({names}) nor a readable file") from error
 
@@ -102,7 +101,7 @@ def render(
             return_assistant_tokens_mask=marks,
             **{**tokenizer.special_tokens_map, **variables},
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # templates are programs: they fail in any way
         reason = " ".join(str(error).split())
         raise InputError(f"the chat template does not take these messages: {reason}") from error
     return texts[0], [tuple(span) for span in spans[0]] if marks else []

@@ -234,6 +234,12 @@ class TestSaving:
         assert not (tmp_path / "whole").exists()
         merge(model).save_pretrained(tmp_path / "whole")
 
+    def test_a_missing_lora_file_is_never_looked_for_elsewhere(self, make_adapter: Any, tap: Any) -> None:
+        _, _, folder = make_adapter()
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(InputError, match="is damaged: it has no adapter_config.json"):
+            load_adapter(folder, tap=tap)
+
 
 class TestBases:
     def test_the_same_base_in_another_dtype_fits(self, make_adapter: Any, tap: Any, talks: Any) -> None:
@@ -290,6 +296,19 @@ class TestBases:
                 load_adapter(folder, tap=tap)
             (folder / name).write_bytes(intact)
         load_adapter(folder, tap=tap)
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "projector.safetensors"])
+    def test_a_missing_file_is_looked_for_nowhere_else(
+        self, name: str, make_adapter: Any, tap: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def network(*_: Any, **__: Any) -> None:
+            pytest.fail("asked the hub")
+
+        _, _, folder = make_adapter()
+        (folder / name).unlink()
+        monkeypatch.setattr("peft.config.hf_hub_download", network)
+        with pytest.raises(InputError, match=f"is damaged.*{name}"):
+            load_adapter(folder, tap=tap)
 
 
 class TestSwitching:

@@ -224,6 +224,7 @@ class TestRefusals:
             ([user({"type": "region", "box": [50, 50, 60, 60]})], {"images": 1}, "region 0: box .* wholly outside"),
             ([user(text("a <|reserved_1|> b"))], {}, "text contains '<|reserved_1|>', which keeps the place"),
             ([user(text("a"))], {"padding_side": "top"}, "padding_side must be"),
+            ([user(text("half \ud83d"))], {}, "message 0: the text is not valid Unicode: character 5 is half of one"),
             ([[user(text("a"))], [user(text("b"), BOX)]], {}, "conversation 1: message 0: a region before any image"),
             ([[user(text("a"))]], {"images": 2}, "images: got 2 for 1 conversations"),
         ],
@@ -263,6 +264,18 @@ class TestRefusals:
         for template in ("{{ messages[0].role }}", "{{ messages[0].content + messages[0].content }}"):
             with pytest.raises(InputError, match="drops or repeats what a message contains"):
                 make(chat_template=template)([user(image, BOX)])
+        with pytest.raises(InputError, match="does not take these messages: division by zero"):
+            make(chat_template="{{ 1 / 0 }}")([user(text("a"))])
+
+    def test_a_template_file_that_is_no_text(self, make: Any, tmp_path: Path) -> None:
+        (tmp_path / "template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+        with pytest.raises(InputError, match="nor a readable file"):
+            make(chat_template=str(tmp_path / "template.jinja"))
+
+    def test_a_tokenizer_without_its_files(self, make: Any) -> None:
+        empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<|end|>")
+        with pytest.raises(InputError, match="knows no text: its files, such as tokenizer.json, are missing"):
+            make(empty, chat_template="plain")
 
 
 def test_users_text_cannot_pose_as_a_part(processor: Any, image: Any) -> None:
@@ -289,3 +302,14 @@ def test_the_placeholder_must_have_an_embedding(join: Any, chat_tokenizer: Any) 
     chosen = TapLlmProcessor.for_model(model, processor, chat_tokenizer, region_token="<|reserved_0|>")
     assert chosen.region_token_id == model.config.region_token_id == model.config.image_token_id == 3
     assert (chosen.tokens_per_region, chosen.tokens_per_image, chosen.max_length) == (1, 0, 512)
+
+
+def test_half_of_a_character_is_refused(make: Callable[..., TapLlmProcessor]) -> None:
+    with pytest.raises(InputError, match="message 0: the text is not valid Unicode: character 6"):
+        make()([user(text("hello \ud83d"))])
+
+
+def test_a_tokenizer_without_words_is_refused(make: Callable[..., TapLlmProcessor]) -> None:
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(InputError, match="knows no text: its files"):
+        make(empty, chat_template="plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,32 @@ def test_broken_conversations_are_left_out_and_named(processor: Any, files: Any)
     batches = DialogueBatches(Dialogues(files(broken=(3,), group=1), seed=0), processor, 6)
     rows = sum(len(batches[number]["labels"]) for number in range(2))
     problems = batches.take_problems()
-    assert rows == 11 and len(problems) == 1 and "region part 9" in problems[0] and " 3" in problems[0]
+    assert rows == 11 and len(problems) == 1 and "talk.jsonl, line 4: message 0: region part 9" in problems[0]
     assert batches.take_problems() == []
+
+
+@pytest.mark.parametrize(
+    ("conversation", "problem"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], 'message 1: "content" must be'),
+        ([{"role": "user", "content": ["a"]}], 'message 0: "content" must be'),
+        ([{"role": "user", "content": "half \ud83d"}, {"role": "assistant", "content": "b"}], "not valid Unicode"),
+        ([{"prompt": "a"}], "got keys prompt"),
+    ],
+)
+def test_malformed_conversations_are_left_out_and_named(
+    conversation: list[Any], problem: str, processor: Any, files: Any
+) -> None:
+    config = files(count=4)
+    path = Path(config.samples[0])
+    lines = path.read_text().splitlines()
+    record = {key: value for key, value in json.loads(lines[2]).items() if key != "id"}
+    lines[2] = json.dumps({**record, "messages": conversation})
+    path.write_text("\n".join(lines))
+    batches = DialogueBatches(Dialogues(config), processor, 2)
+    assert sum(len(batches[number]["labels"]) for number in range(2)) == 3
+    told = batches.take_problems()
+    assert len(told) == 1 and told[0].startswith(f"{path}, line 3: ") and problem in told[0]
 
 
 def test_too_long_is_broken(processor: Any, files: Any) -> None:

@@ -18,6 +18,7 @@ from tap_llm.region_llm.left_out import LeftOutTap
 from tap_llm.region_llm.lora import attach_lora, freeze_for_alignment, lora_config
 from tap_llm.region_llm.token_builder import build_token_cache
 from training import align, chat
+from training.chat_objective import ChatObjective
 from training.config import from_dict
 from training.llms import build_llm, open_caches
 from training.optimization import build_optimizers
@@ -129,6 +130,18 @@ def test_what_gets_gradients(folder: Path, aligned: Path) -> None:
         group["peak"] for optimizer in build_optimizers(model, config.optimizer) for group in optimizer.param_groups
     }
     assert peaks == {0.01, 0.0025}
+
+
+def test_batches_that_name_no_region_have_gradients_too(folder: Path, aligned: Path) -> None:
+    """Or alignment stops at them, and several processes wait for one another."""
+    config = from_dict(align.AlignConfig, settings(folder, "x", {"start": str(aligned)}))
+    model, processor = build_llm(config.model)
+    freeze_for_alignment(model)
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    losses, _ = ChatObjective(model)(**processor([talk], return_labels=True))
+    losses["text"].backward()
+    gradients = [value.grad for value in model.model.projector.parameters()]
+    assert gradients and all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_no_llm_is_named(folder: Path) -> None:
