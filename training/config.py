@@ -187,6 +187,8 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and value is False:  # YAML reads no as false, as in run.precision=no
+        return "no"
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where} must be {hint.__name__}, got {value!r}")
     return value

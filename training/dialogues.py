@@ -26,6 +26,8 @@ from tap_llm.region_llm.token_cache import TokenCache
 from .sources import VALIDATION_SEED, DataConfig, make_composers
 
 CHARACTERS_PER_TOKEN = 4  # roughly, to sort conversations by length
+ATTEMPTS = 20  # batches drawn for one, where all conversations of a batch are broken
+AHEAD = 1_000_003  # batches from one attempt to the next
 
 
 @dataclass
@@ -79,10 +81,17 @@ class Dialogue(NamedTuple):
 
     messages: list[Message]
     sample: RegionSample
-    features: RegionFeatures | None
-    """Region tokens of the sample, where they are cached."""
     place: str
     """File and record, for messages."""
+    cache: TokenCache | None = None
+    """Region tokens of the sample's file, where there are any."""
+    record: int = 0
+    """Number of the sample in its file."""
+
+    def features(self) -> RegionFeatures:
+        """Read the sample's region tokens; only those who need them should."""
+        assert self.cache is not None
+        return self.cache[self.record]
 
     def length(self) -> int:
         """Rough length of the text in tokens."""
@@ -126,7 +135,7 @@ class Dialogues:
         rng = np.random.default_rng((self.seed, number))
         if self.scenes is not None and rng.random() < self.config.scene_share:
             sample = self.scenes[number]
-            return Dialogue(sample.conversations, sample, None, f"scene {number}")
+            return Dialogue(sample.conversations, sample, f"scene {number}")
         epoch, position = divmod(number, len(self.places))
         which, index = self.places[self._order(epoch)[position]].tolist()
         file = self.files[which]
@@ -135,8 +144,8 @@ class Dialogues:
             messages = _one_conversation(sample, rng)
         except (InputError, OSError, LookupError, TypeError, AttributeError) as error:  # they break in many ways
             raise InputError(f"{file.path}, {with_place(file, index, error)}") from error
-        features = self.caches[which][index] if self.caches else None
-        return Dialogue(messages, sample, features, f"{file.path}, {file.where(index)}")
+        cache = self.caches[which] if self.caches else None
+        return Dialogue(messages, sample, f"{file.path}, {file.where(index)}", cache, index)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch; the last one is kept."""
@@ -170,17 +179,25 @@ class DialogueBatches:
     def __getitem__(self, number: int) -> dict[str, Any]:
         """A batch: what [`TapLlmProcessor`] returns, with `labels`; fewer rows where conversations were broken.
 
+        A batch without any good one gives way to one from far ahead in the stream.
+
         Raises:
-            InputError: too many are broken, or all of this batch.
+            InputError: too many are broken.
         """
-        drawn = [dialogue for which in self._numbers(number) if (dialogue := self._draw(which)) is not None]
+        for attempt in range(ATTEMPTS):
+            drawn = map(self._draw, self._numbers(number + attempt * AHEAD))
+            batch = self._process_good([dialogue for dialogue in drawn if dialogue is not None])
+            if batch is not None:
+                return batch
+        raise InputError(f"all conversations of {ATTEMPTS} batches are broken; the last: {self._problems[-1]}")
+
+    def _process_good(self, dialogues: list[Dialogue]) -> dict[str, Any] | None:
+        """A batch of those that are not broken; None if all are."""
         try:
-            return self._process(drawn)
+            return self._process(dialogues)
         except InputError:
-            good = [dialogue for dialogue in drawn if self._is_good(dialogue)]
-        if not good:
-            raise InputError(f"all conversations of a batch are broken; the last: {self._problems[-1]}")
-        return self._process(good)
+            good = [dialogue for dialogue in dialogues if self._is_good(dialogue)]
+        return self._process(good) if good else None
 
     def take_problems(self) -> list[str]:
         """Messages about broken conversations that were met since the last call."""
@@ -235,9 +252,8 @@ class DialogueBatches:
 
     def _process(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
         messages = [dialogue.messages for dialogue in dialogues]
-        cached = [dialogue.features for dialogue in dialogues if dialogue.features is not None]
-        if cached:
-            sources: dict[str, Any] = {"region_features": cached}
+        if self.dialogues.caches:
+            sources: dict[str, Any] = {"region_features": [dialogue.features() for dialogue in dialogues]}
         else:
             sources = {
                 "images": [[dialogue.sample.load_image()] for dialogue in dialogues],

@@ -131,3 +131,10 @@ def test_defaults_are_those_of_the_paper() -> None:
     config = OptimizerConfig()
     assert (config.name, config.betas, config.learning_rate) == ("adamw", [0.9, 0.999], 1e-3)
     assert (config.schedule, config.min_factor, config.weight_decay, config.layer_decay) == ("cosine", 0.0, 0.1, 1.0)
+
+
+def test_no_is_a_word_where_text_is_expected() -> None:
+    """YAML takes it for false."""
+    assert load_config(RunConfig, None, ["precision=no"]).precision == "no"
+    with pytest.raises(InputError, match="precision must be str, got True"):
+        load_config(RunConfig, None, ["precision=yes"])

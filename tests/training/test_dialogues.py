@@ -104,9 +104,16 @@ def test_malformed_conversations_are_left_out_and_named(
     assert len(told) == 1 and told[0].startswith(f"{path}, line 3: ") and problem in told[0]
 
 
+def test_a_batch_of_broken_ones_gives_way_to_another(processor: Any, files: Any) -> None:
+    batches = DialogueBatches(Dialogues(files(broken=tuple(range(9)), group=1), seed=0), processor, 1)
+    seen = [told(batches[number], processor) for number in range(12)]
+    assert all(len(answers) == 1 and answers[0].split()[1][:2] in ("9<", "10", "11") for answers in seen)
+    assert batches.take_problems()
+
+
 def test_too_long_is_broken(processor: Any, files: Any) -> None:
     batches = DialogueBatches(Dialogues(files(max_length=5), seed=0), processor, 2)
-    with pytest.raises(InputError, match="all conversations of a batch are broken.*reads 5"):
+    with pytest.raises(InputError, match="all conversations of 20 batches are broken.*reads 5"):
         batches[0]
 
 

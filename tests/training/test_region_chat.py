@@ -17,9 +17,11 @@ from tap_llm.region_llm.adapters import load_adapter
 from tap_llm.region_llm.left_out import LeftOutTap
 from tap_llm.region_llm.lora import attach_lora, freeze_for_alignment, lora_config
 from tap_llm.region_llm.token_builder import build_token_cache
+from tap_llm.region_llm.token_cache import TokenCache
 from training import align, chat
 from training.chat_objective import ChatObjective
 from training.config import from_dict
+from training.dialogues import DialogueBatches, Dialogues
 from training.llms import build_llm, open_caches
 from training.optimization import build_optimizers
 
@@ -156,3 +158,14 @@ def test_tokens_of_another_tap_or_other_data(folder: Path, tmp_path: Path) -> No
     raw["data"]["samples"] = [str(other)]
     with pytest.raises(InputError, match="other data"):
         align.main(from_dict(align.AlignConfig, raw))
+
+
+def test_sorting_by_length_reads_no_tokens(folder: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_dict(align.AlignConfig, settings(folder, "x", {"start": str(aligned)}, cached=True))
+    model, processor = build_llm(config.model)
+    caches = open_caches(config.data, model)
+    read: list[int] = []
+    original = TokenCache.__getitem__
+    monkeypatch.setattr(TokenCache, "__getitem__", lambda cache, index: read.append(index) or original(cache, index))
+    batch = DialogueBatches(Dialogues(config.data, caches=caches), processor, 3)[0]
+    assert len(read) == len(batch["labels"]) == 3
