@@ -31,12 +31,13 @@ class LlmConfig:
 
     start: str | None = None
     """Adapter of an earlier stage (its `final/`), to go on with; it says which TAP and LLM it needs."""
-    tap: str = "tap-tiny"
-    """TAP: a folder, a hub id, a bundled or an official name."""
+    tap: str | None = None
+    """TAP: a folder, a hub id, a bundled or an official name; `tap-tiny` by default. With `start` only where it lies
+    elsewhere now."""
     llm: str | None = None
     """LLM: a folder or a hub id of any causal LM; with `start` only where it lies elsewhere now."""
-    projector: str = "base"
-    """Preset: `lite`, `base` or `full`."""
+    projector: str | None = None
+    """Preset of a new projector: `lite`, `base` (the default) or `full`."""
     chat_template: str | None = None
     """`plain`, `chatml` or a file, for LLMs without a chat template, or in place of theirs."""
     region_token: str | None = None
@@ -66,11 +67,14 @@ def build_llm(config: LlmConfig) -> tuple[TapLlmForConditionalGeneration, TapLlm
         InputError: no LLM is named, or a part cannot be used.
     """
     if config.start is not None:
-        model, processor = load_adapter(config.start, llm=config.llm, dtype=config.dtype, four_bit=config.four_bit)
+        _check_start(config)
+        model, processor = load_adapter(
+            config.start, config.tap, config.llm, dtype=config.dtype, four_bit=config.four_bit
+        )
     elif config.llm is not None:
-        tap, tap_processor, _ = load_tap(config.tap, dtype=config.dtype)
+        tap, tap_processor, _ = load_tap(config.tap or "tap-tiny", dtype=config.dtype)
         llm = load_llm(config.llm, config.four_bit, config.dtype)
-        model = TapLlmForConditionalGeneration.from_tap_and_llm(tap, llm, config.projector)
+        model = TapLlmForConditionalGeneration.from_tap_and_llm(tap, llm, config.projector or "base")
         tokenizer = load_llm_tokenizer(config.llm)
         processor = TapLlmProcessor.for_model(
             model, tap_processor, tokenizer, config.chat_template, config.region_token
@@ -80,6 +84,13 @@ def build_llm(config: LlmConfig) -> tuple[TapLlmForConditionalGeneration, TapLlm
     if config.attention:
         model.model.language_model.set_attn_implementation(config.attention)
     return model, processor
+
+
+def _check_start(config: LlmConfig) -> None:
+    """Raise InputError for settings that the adapter to go on with has decided already."""
+    for name in ("projector", "chat_template", "region_token"):
+        if getattr(config, name) is not None:
+            raise InputError(f"model.{name} is for new models: the adapter model.start brings its own; leave it out")
 
 
 def open_caches(config: DialogueConfig, model: TapLlmForConditionalGeneration) -> list[TokenCache]:

@@ -169,3 +169,10 @@ def test_sorting_by_length_reads_no_tokens(folder: Path, aligned: Path, monkeypa
     monkeypatch.setattr(TokenCache, "__getitem__", lambda cache, index: read.append(index) or original(cache, index))
     batch = DialogueBatches(Dialogues(config.data, caches=caches), processor, 3)[0]
     assert len(read) == len(batch["labels"]) == 3
+
+
+@pytest.mark.parametrize("name", ["projector", "chat_template", "region_token"])
+def test_an_adapter_brings_its_own(name: str, folder: Path, aligned: Path) -> None:
+    config = from_dict(align.AlignConfig, settings(folder, "x", {"start": str(aligned), name: "plain"}))
+    with pytest.raises(InputError, match=f"model.{name} is for new models"):
+        build_llm(config.model)
