@@ -1,43 +1,38 @@
-"""What all benchmarks share: predictions that survive an interruption, progress, and a results file.
+"""What all benchmarks share: predictions that survive an interruption, several processes, and a results file.
 
 class Mine(Benchmark):
     protocol = "mine-v1"
     def examples(self): ...             # a sequence; nothing is read before it is asked for
-    def predict(self, example): ...     # -> what JSON can hold
-    def score(self, predictions): ...   # -> Scores
+    def truth(self, example): ...       # what `score` needs to know of it
+    def predict(self, example): ...     # or `predict_batch`; -> what JSON can hold
+    def score(self, predictions): ...   # -> Scores; what has a "fault" is wrong
 
-results = run(Mine(...), Path("results.json"), describe_model(pipe, "tap-tiny"))
+finished = run(Mine(...), Path("results.json"), describe_model(pipe, "tap-tiny"))
+
+Commands use `eval.command`, which does the rest. An example that cannot be read is named and counted as unusable; so is
+the second of two with one id. Pictures are best read in `predict`: where one is missing, the example still counts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
-import platform
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import tap_llm
 from tap_llm.errors import InputError
 
-from .cache import PredictionCache, as_json
+from .cache import PredictionFile, StoredPredictions, as_json, part_path
+from .cases import Case, extremes
+from .processes import gather, join
+from .provenance import describe_model, describe_modules, fingerprint, hash_texts, versions
+from .running import Share, Worker, merge, speed
 
 Prediction = dict[str, Any]
-
-_MODULES = {"pillow": "PIL"}
-_PACKAGES = ("torch", "transformers", "numpy", "pillow", "scipy", "pycocoevalcap")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +62,12 @@ class Scores:
     Attributes:
         metrics: nested dicts of numbers; None where there was nothing to measure on.
         not_measured: reason by metric.
+        cases: for `eval.report` to draw the worst and the best of; optional.
     """
 
     metrics: dict[str, Any]
     not_measured: dict[str, str] = field(default_factory=dict)
+    cases: Iterable[Case] = ()
 
 
 class Benchmark(ABC):
@@ -92,9 +89,24 @@ class Benchmark(ABC):
     def predict(self, example: Any) -> Prediction:
         """The model's answer to one example, as JSON values."""
 
+    def predict_batch(self, examples: list[Any]) -> Iterable[Prediction]:
+        """Answers to several examples, in order; to be overridden where one call for all is faster.
+
+        The answers must not depend on which examples come together.
+        """
+        return map(self.predict, examples)
+
+    def truth(self, example: Any) -> Prediction:
+        """What `score` needs to know of an example, as JSON values; it is added to every prediction, failed or not."""
+        return {}
+
     @abstractmethod
     def score(self, predictions: list[Prediction]) -> Scores:
-        """Metrics of all predictions, in the order of the examples; reads no pictures."""
+        """Metrics of all predictions, in the order of the examples; reads no pictures.
+
+        A prediction is `truth`, the answer of `predict`, and "id". Where there is no answer, because `predict` raised
+        [`InputError`], it has "fault", the reason, in place of it, and must count as wrong.
+        """
 
     def settings(self) -> dict[str, Any]:
         """What decides the predictions, beside model and examples."""
@@ -111,7 +123,7 @@ class Run:
 
     Attributes:
         results: what the results file holds.
-        predictions: one per readable example, in order; each has its example's "id".
+        predictions: one per readable example, in order, as `score` got them.
     """
 
     results: dict[str, Any]
@@ -126,32 +138,44 @@ def run(
     report: Callable[[str], None] = print,
     progress: bool = True,
     command: Sequence[str] = (),
-) -> Run:
+    batch_size: int = 1,
+    limit: int | None = None,
+) -> Run | None:
     """Predict what is not on disk yet, score, and write the results.
 
-    Predictions are appended to `<out>.predictions.jsonl` one by one. The same call goes on from there; predictions of
-    another model, protocol or setting are discarded, as are those of examples that have changed.
+    Predictions are appended to `<out>.predictions.jsonl` one by one, by further processes to
+    `<out>.predictions.<rank>.jsonl`; the first process unites them at the end. The same call goes on from there, with
+    any number of processes. Predictions of another model, protocol or setting are discarded, as are those of examples
+    that have changed; predictions that failed are tried again.
 
     Args:
         benchmark: what to run.
         out: results file; it appears when complete.
-        model: of `describe_model`.
+        model: of `describe_model` or `describe_modules`.
         fresh: discard all stored predictions.
         report: takes lines of text.
         progress: show a bar.
         command: what the user typed, to be kept with the results.
+        batch_size: examples given to `predict_batch` at once.
+        limit: run the first so many examples only.
+
+    Returns:
+        What was found; None in all processes but the first, which alone scores and writes.
 
     Raises:
-        InputError: no example can be read, or the files cannot be written.
+        InputError: no example can be evaluated, or the files cannot be written.
     """
-    settings = benchmark.settings()
     weights = {name: value for name, value in model.items() if name not in ("name", "device")}
-    key = {"protocol": benchmark.protocol, "model": weights, "settings": settings, "version": tap_llm.__version__}
-    cache = PredictionCache(predictions_path(out), key, fresh)
-    report(cache.note)
-    with cache:
-        done = _predict_all(benchmark, cache, progress)
-    if not done.predictions:
+    about = {"protocol": benchmark.protocol, "model": weights, "settings": benchmark.settings()}
+    path, key = predictions_path(out), {**about, "version": tap_llm.__version__}
+    shares = _predict(benchmark, StoredPredictions(path, key, fresh), report, progress, batch_size, limit)
+    if not join().is_main_process:
+        return None
+    stored = StoredPredictions(path, key)
+    done = merge(shares, stored)
+    stored.unite([outcome.key for outcome in done.outcomes])
+    answered = [prediction for prediction in done.predictions if "fault" not in prediction]
+    if not answered:
         raise InputError("; ".join(done.faults[:3]) or "there is nothing to evaluate: no examples")
     scores = benchmark.score(done.predictions)
     results = {
@@ -159,15 +183,19 @@ def run(
         "command": list(command),
         "metrics": scores.metrics,
         "not_measured": scores.not_measured,
+        benchmark.unit: sum(map(benchmark.count, answered)),
         "examples": len(done.predictions),
-        benchmark.unit: sum(map(benchmark.count, done.predictions)),
+        "examples_unusable": done.unusable,
         "faults": done.faults,
         "model": model,
-        "data": {"sha256": _sha256(*done.fingerprints)},
-        "settings": settings,
-        "speed": done.speed(benchmark.unit),
+        "data": {"sha256": hash_texts(*(outcome.fingerprint for outcome in done.outcomes if outcome.fingerprint))},
+        "settings": about["settings"],
+        "limit": limit,
+        "processes": len(shares),
+        "speed": speed(shares, benchmark.unit),
         "versions": versions(),
     }
+    _write(cases_path(out), as_json(extremes(scores.cases)) + "\n")
     _write(out, json.dumps(results, indent=1) + "\n")
     return Run(results, done.predictions)
 
@@ -177,100 +205,30 @@ def predictions_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.predictions.jsonl")
 
 
-@dataclass
-class _Done:
-    predictions: list[Prediction] = field(default_factory=list)
-    fingerprints: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    examples: int = 0  # predicted in this run
-    units: int = 0
-    seconds: float = 0.0
-
-    def speed(self, unit: str) -> dict[str, float | None]:
-        """Per second, over what was predicted in this run and not read from disk."""
-        rates = {"examples": self.examples, unit: self.units}
-        return {f"{key}_per_second": round(n / self.seconds, 2) if n else None for key, n in rates.items()}
+def cases_path(out: Path) -> Path:
+    """Where the worst and the best cases of a results file are kept."""
+    return out.with_name(f"{out.stem}.cases.json")
 
 
-def _predict_all(benchmark: Benchmark, cache: PredictionCache, progress: bool) -> _Done:
-    examples, done = benchmark.examples(), _Done()
-    bar = tqdm(range(len(examples)), unit="example", disable=not progress, smoothing=0.1)
-    for index in bar:
-        started = time.perf_counter()
-        try:
-            example = examples[index]
-        except InputError as error:
-            done.faults.append(str(error))
-            continue
-        prediction = cache.get(example.id, example.fingerprint)
-        if prediction is None:
-            prediction = cache.add(example.id, example.fingerprint, benchmark.predict(example))
-            done.examples += 1
-            done.units += benchmark.count(prediction)
-            done.seconds += time.perf_counter() - started
-            bar.set_postfix_str(f"{done.units / done.seconds:.1f} {benchmark.unit}/s", refresh=False)
-        done.predictions.append({**prediction, "id": example.id})
-        done.fingerprints.append(example.fingerprint)
-    return done
-
-
-# Where results come from
-
-
-def describe_model(pipe: Any, name: str) -> dict[str, Any]:
-    """What identifies a model in a results file.
-
-    Args:
-        pipe: a [`RegionPipeline`].
-        name: as the user gave it.
-
-    Returns:
-        Name, number of parameters, dtype, device, and hashes of weights and concept space.
-    """
-    concepts = pipe.concepts
-    named = None if concepts is None else hash_tensors({"weights": concepts.weights}, *concepts.names)
-    return {
-        "name": str(name),
-        "parameters": sum(parameter.numel() for parameter in pipe.model.parameters()),
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
-        "device": str(pipe.device),
-        "sha256": hash_tensors(pipe.model.state_dict()),
-        "concepts": 0 if concepts is None else len(concepts),
-        "concepts_sha256": named,
-    }
-
-
-def hash_tensors(tensors: dict[str, Tensor], *texts: str) -> str:
-    """SHA-256 of tensors by name, and of texts; independent of files, order and device."""
-    digest = hashlib.sha256(_sha256(*texts).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 of arrays and JSON values."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            packed = np.packbits(part) if part.dtype == bool else np.ascontiguousarray(part)
-            digest.update(f"{part.dtype} {part.shape}".encode() + packed.tobytes())
-        else:
-            digest.update(as_json(part).encode())
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of this package, of Python, and of those installed packages that can change a number."""
-    installed = [package for package in _PACKAGES if importlib.util.find_spec(_MODULES.get(package, package))]
-    packages = {package: metadata.version(package) for package in installed}
-    return {"tap_llm": tap_llm.__version__, "python": platform.python_version(), **packages}
-
-
-def _sha256(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+def _predict(
+    benchmark: Benchmark,
+    stored: StoredPredictions,
+    report: Callable[[str], None],
+    progress: bool,
+    batch_size: int,
+    limit: int | None,
+) -> list[Share]:
+    """Predict what is not stored, as one of the processes; returns what each did."""
+    state = join()
+    state.wait_for_everyone()  # all have looked before anything changes
+    rank, processes, main = state.process_index, state.num_processes, state.is_main_process
+    if main:
+        stored.discard_others(processes)
+        report(stored.note)
+    own = part_path(stored.path, rank)
+    with PredictionFile(own, stored.key, stored.kept.get(own, 0)) as file:
+        share = Worker(benchmark, stored, file).run(rank, processes, batch_size, limit, progress and main)
+    return gather(share)
 
 
 def _write(path: Path, text: str) -> None:
@@ -278,3 +236,9 @@ def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+__all__ = [
+    "Benchmark", "Case", "Example", "Examples", "Prediction", "Run", "Scores", "cases_path", "describe_model",
+    "describe_modules", "fingerprint", "predictions_path", "run",
+]  # fmt: skip

@@ -20,6 +20,17 @@ def metric_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
     return aligned(rows)
 
 
+def metrics_text(metrics: Mapping[str, Any], title: str = "") -> str:
+    """Tables of nested metrics: one per innermost dict of groups, under its path as a title."""
+    groups = {key: value for key, value in metrics.items() if isinstance(value, Mapping)}
+    flat = {key: value for key, value in metrics.items() if key not in groups}
+    deep = {key for key, value in groups.items() if any(isinstance(inner, Mapping) for inner in value.values())}
+    columns = {**({"value": flat} if flat else {}), **{key: groups[key] for key in groups if key not in deep}}
+    tables = ["\n".join([*([title] if title else []), metric_table(columns)])] if columns or not deep else []
+    tables += [metrics_text(groups[key], f"{title}, {key}" if title else key) for key in groups if key in deep]
+    return "\n\n".join(tables)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -24,6 +24,7 @@ from tap_llm.region_llm.processing_tap_llm import TapLlmProcessor
 from tap_llm.region_llm.token_cache import TokenCache
 
 from .sources import VALIDATION_SEED, DataConfig, make_composers
+from .stored_scenes import StoreConfig, StoredScenes
 
 CHARACTERS_PER_TOKEN = 4  # roughly, to sort conversations by length
 ATTEMPTS = 20  # batches drawn for one, where all conversations of a batch are broken
@@ -49,6 +50,8 @@ class DialogueConfig:
     shape_share: float = 0.4
     """Share of drawn shapes among their objects."""
     scene_size: list[int] = field(default_factory=lambda: [400, 300])
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Scenes that are drawn, and read by TAP, once and for all."""
     kinds: list[str] = field(default_factory=list)
     """Kinds of questions about scenes (see `instructions.KINDS`); none: all."""
     max_length: int = 1024
@@ -66,8 +69,11 @@ class DialogueConfig:
             raise InputError("data.samples names no files; name some, or set data.scene_share=1 for composed scenes")
         if self.tokens and len(self.tokens) != len(self.samples):
             raise InputError(f"data.tokens names {len(self.tokens)} folders for {len(self.samples)} files of samples")
-        if self.tokens and self.scene_share:
-            raise InputError("data.tokens and data.scene_share exclude each other: scenes need TAP in memory")
+        self.store.check()
+        if self.store.folder and not self.scene_share:
+            raise InputError("data.store.folder is for composed scenes: set data.scene_share too")
+        if self.scene_share and self.samples and bool(self.tokens) != bool(self.store.folder):
+            raise InputError("data.tokens and data.store.folder go together: both files and scenes are cached, or none")
         if self.sample_hold_out == 1 or self.sample_hold_out < 0:
             raise InputError(f"data.sample_hold_out must be 0 or at least 2, got {self.sample_hold_out}")
         if self.group < 1 or self.max_length < 2:
@@ -80,7 +86,8 @@ class Dialogue(NamedTuple):
     """One conversation, before the processor."""
 
     messages: list[Message]
-    sample: RegionSample
+    sample: RegionSample | None
+    """None for stored scenes, which have no picture any more."""
     place: str
     """File and record, for messages."""
     cache: TokenCache | None = None
@@ -93,10 +100,11 @@ class Dialogue(NamedTuple):
         assert self.cache is not None
         return self.cache[self.record]
 
-    def length(self) -> int:
-        """Rough length of the text in tokens."""
+    def length(self, per_region: int, per_image: int) -> int:
+        """Rough length in tokens, the same however the regions are given."""
+        costs = {"region": per_region, "image": per_image}
         parts = (part for message in self.messages for part in _parts(message))
-        return sum(len(part.get("text", "")) for part in parts) // CHARACTERS_PER_TOKEN
+        return sum(costs.get(part["type"], len(part.get("text", "")) // CHARACTERS_PER_TOKEN) for part in parts)
 
 
 class Dialogues:
@@ -107,16 +115,23 @@ class Dialogues:
         seed: another seed, another order and other scenes.
         validation: the held-out samples only.
         caches: region tokens of the files, opened; none: pictures are read.
+        stored: scenes to talk about; none: each conversation has a new one.
 
     Raises:
         InputError: settings or files that cannot be used, or tokens of other data.
     """
 
     def __init__(
-        self, config: DialogueConfig, seed: int = 0, validation: bool = False, caches: Sequence[TokenCache] = ()
+        self,
+        config: DialogueConfig,
+        seed: int = 0,
+        validation: bool = False,
+        caches: Sequence[TokenCache] = (),
+        stored: StoredScenes | None = None,
     ) -> None:
         config.check()
-        self.config, self.seed = config, VALIDATION_SEED if validation else seed
+        self.config, self.seed, self.validation = config, VALIDATION_SEED if validation else seed, validation
+        self.stored = stored
         self.files = [open_samples(path) for path in config.samples]
         self.caches = caches
         for file, cache in zip(self.files, self.caches, strict=False):
@@ -126,14 +141,18 @@ class Dialogues:
         if config.scene_share < 1 and not len(self.places):
             raise InputError("data.samples: the files hold no sample to use")
         self.scenes = InstructionSamples(
-            _composer(config), 2**40, self.seed, (config.scene_size[0], config.scene_size[1]),
+            scene_composer(config), 2**40, self.seed, (config.scene_size[0], config.scene_size[1]),
             kinds=config.kinds or None,
-        ) if config.scene_share else None  # fmt: skip
+        ) if config.scene_share and stored is None else None  # fmt: skip
 
     def __getitem__(self, number: int) -> Dialogue:
         """A conversation; raises InputError for a broken one, with file and record in front."""
         rng = np.random.default_rng((self.seed, number))
-        if self.scenes is not None and rng.random() < self.config.scene_share:
+        is_scene = bool(self.config.scene_share) and rng.random() < self.config.scene_share
+        if is_scene and self.stored is not None:
+            index, talk = self.stored.talk(rng, self.validation)
+            return Dialogue(talk.messages, None, f"scene {index}", self.stored.tokens, index)
+        if is_scene and self.scenes is not None:
             sample = self.scenes[number]
             return Dialogue(sample.conversations, sample, f"scene {number}")
         epoch, position = divmod(number, len(self.places))
@@ -225,8 +244,9 @@ class DialogueBatches:
 
     def _length_of(self, number: int) -> int:
         try:
-            return self.dialogues[number].length()
-        except (InputError, TypeError, AttributeError):  # told when it is drawn
+            dialogue = self.dialogues[number]
+            return dialogue.length(self.processor.tokens_per_region, self.processor.tokens_per_image)
+        except (InputError, LookupError, TypeError, AttributeError):  # told when it is drawn
             return 0
 
     def _draw(self, number: int) -> Dialogue | None:
@@ -252,13 +272,12 @@ class DialogueBatches:
 
     def _process(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
         messages = [dialogue.messages for dialogue in dialogues]
-        if self.dialogues.caches:
-            sources: dict[str, Any] = {"region_features": [dialogue.features() for dialogue in dialogues]}
+        samples = [dialogue.sample for dialogue in dialogues if dialogue.cache is None and dialogue.sample is not None]
+        if samples:
+            images, regions = [[sample.load_image()] for sample in samples], [sample.prompts() for sample in samples]
+            sources: dict[str, Any] = {"images": images, "regions": regions}
         else:
-            sources = {
-                "images": [[dialogue.sample.load_image()] for dialogue in dialogues],
-                "regions": [dialogue.sample.prompts() for dialogue in dialogues],
-            }
+            sources = {"region_features": [dialogue.features() for dialogue in dialogues]}
         config = self.dialogues.config
         inputs = self.processor(
             messages, **sources, return_labels=True, allow_unused_regions=True, max_length=config.max_length
@@ -275,7 +294,8 @@ def _places(lengths: Sequence[int], hold_out: int, held_out: bool) -> NDArray[np
     return places[(places[:, 1] % hold_out == 0) == held_out]
 
 
-def _composer(config: DialogueConfig) -> SceneComposer:
+def scene_composer(config: DialogueConfig) -> SceneComposer:
+    """What draws the scenes."""
     shared = DataConfig(sprites=config.sprites, backgrounds=config.backgrounds, shape_share=config.shape_share)
     return make_composers(shared)[0]
 

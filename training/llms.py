@@ -17,12 +17,16 @@ from tap_llm.region_llm.modeling_tap_llm import TapLlmForConditionalGeneration
 from tap_llm.region_llm.processing_tap_llm import TapLlmProcessor
 from tap_llm.region_llm.projectors import find_projector
 from tap_llm.region_llm.token_cache import TokenCache
+from tap_llm.tap.processing_tap import TapProcessor
 
 from .chat_objective import ChatObjective
 from .config import OptimizerConfig, RunConfig, to_dict
-from .dialogues import DialogueBatches, DialogueConfig, Dialogues
+from .dialogues import DialogueBatches, DialogueConfig, Dialogues, scene_composer
 from .loop import fit
 from .recipe import VALIDATION_BATCHES, Recipe
+from .stored_scenes import ScenePictures, StoredScenes, open_stored_scenes, store_scenes
+
+_OF_SCENES = ("sprites", "backgrounds", "shape_share", "scene_size")
 
 
 @dataclass
@@ -93,20 +97,46 @@ def _check_start(config: LlmConfig) -> None:
             raise InputError(f"model.{name} is for new models: the adapter model.start brings its own; leave it out")
 
 
-def open_caches(config: DialogueConfig, model: TapLlmForConditionalGeneration) -> list[TokenCache]:
-    """Region tokens of the data. With them, TAP is left out of the model: no image encoder stays in memory.
+def open_tokens(
+    config: DialogueConfig, model: TapLlmForConditionalGeneration, processor: TapLlmProcessor
+) -> tuple[list[TokenCache], StoredScenes | None]:
+    """What TAP knows already of files and scenes. With it, TAP is left out of the model: no image encoder stays in
+    memory.
 
     Raises:
-        InputError: they were made by another TAP, or lack what the projector reads.
+        InputError: it was made by another TAP, of other data, or lacks what the projector reads.
     """
+    caches, stored = _open_caches(config, model), _open_scenes(config, model, processor)
+    if caches or stored:
+        leave_out_tap(model)
+    return caches, stored
+
+
+def _open_caches(config: DialogueConfig, model: TapLlmForConditionalGeneration) -> list[TokenCache]:
+    """Region tokens of the files."""
     reads = find_projector(model.config.projector)
     caches = [TokenCache.open(folder, reads.uses_roi, reads.uses_global) for folder in config.tokens]
     for cache in caches:
         cache.check_model(model.model.tap)
         cache.check_config(model.config)
-    if caches:
-        leave_out_tap(model)
     return caches
+
+
+def _open_scenes(
+    config: DialogueConfig, model: TapLlmForConditionalGeneration, processor: TapLlmProcessor
+) -> StoredScenes | None:
+    """Scenes that TAP has read, made now if need be; None if each conversation is to have a new one."""
+    if not config.store.folder:
+        return None
+    reads, size = find_projector(model.config.projector), (config.scene_size[0], config.scene_size[1])
+    roi_grid, global_grid = model.config.roi_grid * reads.uses_roi, model.config.global_grid * reads.uses_global
+    about = to_dict(config.store) | {name: getattr(config, name) for name in _OF_SCENES}
+    pictures = ScenePictures(scene_composer(config), config.store, size)
+    tap_processor = TapProcessor(processor.image_processor)
+    store_scenes(pictures, model.model.tap, tap_processor, roi_grid, global_grid, about)
+    stored = open_stored_scenes(config.store.folder, config.kinds or None)
+    stored.tokens.check_config(model.config)
+    return stored
 
 
 def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processor: TapLlmProcessor) -> Path:
@@ -118,7 +148,7 @@ def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processo
         processor: of the model.
     """
     run: RunConfig = config.run
-    caches = open_caches(config.data, model)
+    caches, stored = open_tokens(config.data, model, processor)
     if run.gradient_checkpointing:
         model.model.language_model.activation_checkpointing_enable()
 
@@ -131,8 +161,8 @@ def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processo
 
     recipe = Recipe(
         trainee=ChatObjective(model),
-        batches=batches(Dialogues(config.data, run.seed, caches=caches)),
-        validation=batches(Dialogues(config.data, validation=True, caches=caches), VALIDATION_BATCHES),
+        batches=batches(Dialogues(config.data, run.seed, caches=caches, stored=stored)),
+        validation=batches(Dialogues(config.data, validation=True, caches=caches, stored=stored), VALIDATION_BATCHES),
         save=save,
         better="accuracy",
     )

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tap_llm.conversations import read_conversation
 from tap_llm.data.instructions import InstructionSamples
 from tap_llm.data.messages import Message
 from tap_llm.data.scenes import Scene, SceneComposer
 from tap_llm.errors import InputError
 from tap_llm.region_llm.encoding import IGNORED, ConversationEncoder, Encoded
-from tap_llm.region_llm.messages import read_conversation
 from tap_llm.region_llm.placeholders import find_placeholder
 
 from .sources import VALIDATION_SEED, DataConfig, make_composers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..conversations import read_conversation
 from ..errors import InputError
 from ..regions import parse_region, read_mask
+from .messages import question_messages
 
 if TYPE_CHECKING:
     from .samples import RegionSample
@@ -19,7 +21,7 @@ _EXTRA_TYPES = (
     ("caption", str, "text"),
     ("attributes", Mapping, "a dict"),
 )
-_TURN_KEYS = ({"role", "content"}, {"question", "answer"})
+_MESSAGE, _RECORD = {"role", "content"}, {"question", "answer"}
 
 
 def type_problems(sample: RegionSample) -> Iterator[str]:
@@ -48,8 +50,7 @@ def sample_problems(sample: RegionSample) -> Iterator[str]:
         if key != "null" and key in seen:
             yield f"{region_name(index, region)}: another region has the same id"
         seen.add(key)
-    for index, turn in enumerate(sample.conversations):
-        yield from (f"conversations[{index}]: {problem}" for problem in _turn_problems(turn, len(sample.regions)))
+    yield from _talk_problems(sample)
 
 
 def region_name(index: int, region: Mapping[str, Any]) -> str:
@@ -102,9 +103,25 @@ def _form_problems(region: Mapping[str, Any], size: tuple[int, int]) -> Iterator
         yield str(error)
 
 
-def _turn_problems(turn: Mapping[str, Any], num_regions: int) -> Iterator[str]:
-    """What is wrong with one chat message, or one question with its answer."""
-    if not any(pair <= turn.keys() for pair in _TURN_KEYS):
+def _talk_problems(sample: RegionSample) -> Iterator[str]:
+    """What training would refuse in its conversation: a list of chat messages, or of questions with answers."""
+    turns, regions = sample.conversations, sample.regions
+    problems = [f"conversations[{index}]: {text}" for index, turn in enumerate(turns) for text in _turn_problems(turn)]
+    chat = [turn.keys() >= _MESSAGE for turn in turns]
+    if problems:
+        yield from problems
+    elif any(chat) and not all(chat):
+        yield f"conversations[{chat.index(not chat[0])}]: messages and questions with answers are mixed"
+    elif any(chat):
+        yield from _chat_problems(turns, regions, sample.size)
+    else:
+        for index, record in enumerate(turns):
+            yield from (f"conversations[{index}]: {text}" for text in _record_problems(record, len(regions)))
+
+
+def _turn_problems(turn: Mapping[str, Any]) -> Iterator[str]:
+    """Keys and types of one chat message, or of one question with its answer."""
+    if not any(pair <= turn.keys() for pair in (_MESSAGE, _RECORD)):
         keys = ", ".join(map(str, turn))
         yield f'expected {{"role", "content"}} or {{"question", "answer"}}, got keys {keys}'
         return
@@ -113,18 +130,36 @@ def _turn_problems(turn: Mapping[str, Any], num_regions: int) -> Iterator[str]:
         if not isinstance(value, (str, list, tuple) if key == "content" else str):
             yield f"{key}: expected text{' or a list of parts' * (key == 'content')}, got {_kind(value)}"
         yield from _empty(key, [value])
-    for index in _used_regions(turn):
+
+
+def _chat_problems(
+    turns: Sequence[Mapping[str, Any]], regions: Sequence[Mapping[str, Any]], size: tuple[int, int] | None
+) -> Iterator[str]:
+    """The first fault of a chat, and impossible regions that its messages hold themselves."""
+    given = [{"row": row} for row in range(len(regions))]
+    try:
+        chat = read_conversation(turns, images=["the picture"], regions=given, allow_unused_regions=True)
+    except InputError as error:
+        yield f"conversations: {error}"
+        return
+    if not any(turn["role"] == "assistant" for turn in turns):
+        yield "conversations: no message of the assistant, so there is nothing to learn"
+    inline = [region for region in chat.regions if "row" not in region]
+    if size is not None:
+        yield from (f"conversations: {problem}" for region in inline for problem in _form_problems(region, size))
+
+
+def _record_problems(record: Mapping[str, Any], num_regions: int) -> Iterator[str]:
+    """References of a question and its answer to regions that the sample lacks."""
+    listed = record.get("regions") or []
+    for index in listed if isinstance(listed, (list, tuple)) else [listed]:
         if not isinstance(index, int) or not 0 <= index < num_regions:
             yield f"region index {index!r}: there are {num_regions} regions, counted from 0"
-
-
-def _used_regions(turn: Mapping[str, Any]) -> list[Any]:
-    """Indices of regions that a turn speaks of."""
-    listed = turn.get("regions") or []
-    content = turn.get("content")
-    parts = content if isinstance(content, (list, tuple)) else []
-    inline = [part.get("index") for part in parts if isinstance(part, Mapping) and part.get("type") == "region"]
-    return [*(listed if isinstance(listed, (list, tuple)) else [listed]), *inline]
+            return
+    try:
+        question_messages(record)
+    except InputError as error:
+        yield str(error)
 
 
 def _empty(name: str, texts: Iterable[Any]) -> Iterator[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..conversations import Conversation
 from ..errors import InputError
-from .messages import Conversation
 from .templates import Span, assistant_spans, render
 
 IGNORED = -100

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from ..conversations import Conversation, read_conversation
 from ..errors import InputError
 from ..regions import Region
 from ..tap.image_processing_tap import TapImageProcessor
 from ..tap.processing_tap import TapProcessor
 from .encoding import IGNORED, ConversationEncoder, Encoded
 from .features import RegionFeatures
-from .messages import Conversation, read_conversation
 from .placeholders import check_tokenizer, find_placeholder
 from .templates import template_of
 

@@ -80,7 +80,6 @@ GOOD = {
     "conversations": [
         {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "region", "index": 2}]},
         {"role": "assistant", "content": "a line"},
-        {"question": "Which?", "answer": "this", "regions": [0, 1]},
     ],
     "id": "7",
     "source": "made up",
@@ -88,8 +87,17 @@ GOOD = {
 }
 
 
-def test_a_good_sample_passes():
-    sample = RegionSample(PIXELS, **GOOD)
+CHAT = GOOD["conversations"]
+RECORD = {"question": "Which?", "answer": "this", "regions": [0, 1]}
+
+
+def talk(part):
+    return {"role": "user", "content": [{"type": "image"}, part]}
+
+
+@pytest.mark.parametrize("turns", [CHAT, [RECORD], [talk({"type": "region", "box": [1, 1, 5, 9]}), CHAT[1]], []])
+def test_a_good_sample_passes(turns):
+    sample = RegionSample(PIXELS, **{**GOOD, "conversations": turns})
     assert list(sample.problems()) == []
     sample.check()
 
@@ -123,7 +131,12 @@ def test_a_good_sample_passes():
         ({"conversations": [{"from": "human", "value": "x"}]}, r"conversations\[0\]: expected .*got keys from, value"),
         ({"conversations": [{"question": "x", "answer": ""}]}, r"conversations\[0\]: answer: is empty"),
         ({"conversations": [{"question": "x", "answer": "y", "regions": [3]}]}, "region index 3: there are 3 regions"),
-        ({"conversations": [{"role": "user", "content": [{"type": "region"}]}]}, "region index None"),
+        ({"conversations": [CHAT[0] | {"role": "bot"}]}, "message 0: unknown role 'bot'; roles are system"),
+        ({"conversations": [CHAT[0]]}, "conversations: no message of the assistant"),
+        ({"conversations": [*CHAT, RECORD]}, r"conversations\[2\]: messages and questions with answers are mixed"),
+        ({"conversations": [talk({"type": "region", "index": 3}), CHAT[1]]}, "message 0: region part 3 has no region"),
+        ({"conversations": [talk({"type": "region", "box": [5, 5, 5, 9]}), CHAT[1]]}, "conversations: box .* no area"),
+        ({"conversations": [RECORD | {"question": "Is it <Prompt2>?"}]}, "<Prompt2> stands for no region: there are 2"),
         ({"conversations": [{"role": "user", "content": 5}]}, "content: expected text or a list of parts"),
     ],
 )  # fmt: skip

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.base import Benchmark, Example, Scores, describe_model, fingerprint, hash_tensors, predictions_path, run
+from eval.base import Benchmark, Example, Scores, describe_model, describe_modules, fingerprint, predictions_path, run
+from eval.provenance import hash_tensors
 from tap_llm.errors import InputError
 
 MODEL = {"name": "m", "sha256": "1"}

@@ -14,6 +14,7 @@ from region_chat import chat_processor, write_dialogues
 
 from tap_llm.errors import InputError
 from training.dialogues import DialogueBatches, DialogueConfig, Dialogues
+from training.stored_scenes import StoreConfig
 
 SCENES = DialogueConfig(scene_share=1.0, shape_share=1.0, scene_size=[120, 90])
 
@@ -124,7 +125,9 @@ def test_too_long_is_broken(processor: Any, files: Any) -> None:
         ({"scene_share": 2.0}, "scene_share"),
         ({"scene_share": 1.0, "scene_size": [3]}, "scene_size"),
         ({"samples": ["a"], "tokens": ["b", "c"]}, "2 folders for 1 files"),
-        ({"samples": ["a"], "tokens": ["b"], "scene_share": 0.5}, "exclude each other"),
+        ({"samples": ["a"], "tokens": ["b"], "scene_share": 0.5}, "go together"),
+        ({"samples": ["a"], "store": StoreConfig("scenes")}, "data.store.folder is for composed scenes"),
+        ({"scene_share": 1.0, "store": StoreConfig("scenes", scenes=3)}, "at least 20 scenes"),
         ({"samples": ["a"], "sample_hold_out": 1}, "sample_hold_out"),
         ({"samples": ["a"], "group": 0}, "group"),
     ],

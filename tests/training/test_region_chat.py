@@ -22,7 +22,7 @@ from training import align, chat
 from training.chat_objective import ChatObjective
 from training.config import from_dict
 from training.dialogues import DialogueBatches, Dialogues
-from training.llms import build_llm, open_caches
+from training.llms import build_llm, open_tokens
 from training.optimization import build_optimizers
 
 RUN = {"steps": 3, "batch_size": 3, "workers": 0, "precision": "no", "tensorboard": False, "log_every": 1,
@@ -109,8 +109,8 @@ def test_with_cached_tokens_no_image_encoder_is_in_memory(folder: Path) -> None:
     config = from_dict(
         align.AlignConfig, settings(folder, "x", {"llm": str(folder / "llm"), "chat_template": "plain"}, True)
     )
-    model, _ = build_llm(config.model)
-    open_caches(config.data, model)
+    model, processor = build_llm(config.model)
+    open_tokens(config.data, model, processor)
     assert isinstance(model.model.tap, LeftOutTap) and not list(model.model.tap.parameters())
     with pytest.raises(InputError, match="give region_features in place of images"):
         model.extract_features(pixel_values=torch.zeros(1, 3, 256, 256))
@@ -163,7 +163,7 @@ def test_tokens_of_another_tap_or_other_data(folder: Path, tmp_path: Path) -> No
 def test_sorting_by_length_reads_no_tokens(folder: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = from_dict(align.AlignConfig, settings(folder, "x", {"start": str(aligned)}, cached=True))
     model, processor = build_llm(config.model)
-    caches = open_caches(config.data, model)
+    caches, _ = open_tokens(config.data, model, processor)
     read: list[int] = []
     original = TokenCache.__getitem__
     monkeypatch.setattr(TokenCache, "__getitem__", lambda cache, index: read.append(index) or original(cache, index))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError
-from ..regions import Region
+from .errors import InputError
+from .regions import Region
 
 ROLES = ("system", "user", "assistant", "tool")
 _IMAGE_KEYS = ("image", "path")
