@@ -176,8 +176,7 @@ class ShardFolder:
         Raises:
             InputError: there is no such process.
         """
-        if not 0 <= rank < world_size:
-            raise InputError(f"rank {rank} of {world_size} processes: ranks are 0 to {world_size - 1}")
+        check_rank(rank, world_size)
         own, missing = range(rank, self.index.shards, world_size), set(self.missing())
         pending = [shard for shard in own if shard in missing]
         total, left = (sum(len(self.index.samples_of(shard)) for shard in shards) for shards in (own, pending))
@@ -257,6 +256,12 @@ class ShardCache(ABC, Generic[T]):
                 f"{self.folder} holds {self.kind.name} of other data: {self.index.data} ({len(self)} samples), not "
                 f"these {len(samples)} samples; make {self.kind.name} for them"
             )
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise InputError if there is no such process."""
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank {rank} of {world_size} processes: ranks are 0 to {world_size - 1}")
 
 
 def make_index(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from .crops import ConceptTeacher, CropReader, SampleCrops
 from .samples import RegionSample
-from .shards import ShardCache, ShardFolder, ShardKind, check_broken, make_index, whole_shard
+from .shards import ShardCache, ShardFolder, ShardKind, check_broken, check_rank, make_index, whole_shard
 
 SHARD_SIZE = 256
 TARGETS = ShardKind("concept targets", "teacher", "targets-{:06d}.safetensors", version=2)
@@ -135,6 +135,7 @@ def build_target_cache(
     Raises:
         InputError: no samples, too many broken ones, or the folder holds targets of another teacher or data set.
     """
+    check_rank(rank, world_size)
     maker = teacher.name, teacher.fingerprint
     index = make_index(TARGETS, maker, data_name, samples, shard_size, width=teacher.width)
     shards = ShardFolder.claim(folder, TARGETS, index, rank)

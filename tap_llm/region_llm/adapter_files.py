@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError, MissingFileError
-from ..hub import ASSETS, OFFICIAL_MODELS, home
+from ..hub import ASSETS, OFFICIAL_MODELS, bundled_models, home
 from .fingerprints import Fingerprint, difference, fingerprint
 from .left_out import fingerprint_of_tap
 
@@ -52,6 +52,11 @@ class Base:
         problem = difference(self.fingerprint, model)
         if problem is not None:
             other = portable_name(model.config) or type(model).__name__
+            if other == self.name and other in bundled_models():
+                raise InputError(
+                    f"the adapter {folder} was trained with the {kind} {other} of another version of this package, and "
+                    f"does not fit this one's: {problem}; train it again, or install that version"
+                )
             raise InputError(
                 f"the adapter {folder} was trained with the {kind} {self.name or '(without a name)'}, and does not fit "
                 f"{other}: {problem}; load it with its own {kind}"

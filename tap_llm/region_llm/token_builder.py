@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.broken import with_place
 from ..data.samples import RegionSample
-from ..data.shards import ShardFolder, check_broken, make_index, whole_shard
+from ..data.shards import ShardFolder, check_broken, check_rank, make_index, whole_shard
 from ..errors import InputError
 from ..regions import PAD
 from ..tap.image_processing_tap import canvas_side
@@ -129,6 +129,7 @@ def build_token_cache(
     layout = TokenLayout.of_model(body.config, dtype, roi_grid, global_grid)
     maker = model_name or name_of(model) or "built in memory", weights_hash(body)
     settings = asdict(layout) | _settings(body, processor)
+    check_rank(rank, world_size)
     index = make_index(TOKENS, maker, data_name, samples, shard_size, **settings)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")

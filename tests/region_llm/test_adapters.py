@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tap_llm import InputError, TapImageProcessor, TapLlmForConditionalGeneration, TapLlmProcessor
+from tap_llm.region_llm.adapter_files import RECORD
 from tap_llm.region_llm.adapters import (
     adapter_names,
     add_adapter,
@@ -262,6 +263,14 @@ class TestBases:
         parts[kind].config._name_or_path = "somewhere/else"
         with pytest.raises(InputError, match=f"trained with the {kind.upper()} .* somewhere/else: .*other weights"):
             load_adapter(folder, **parts)
+
+    def test_a_bundled_tap_of_another_version_is_told(self, make_adapter: Any, make_llm: Any) -> None:
+        _, _, folder = make_adapter()
+        record = json.loads((folder / RECORD).read_text())
+        record["tap"]["name"] = "tap-tiny"
+        (folder / RECORD).write_text(json.dumps(record))
+        with pytest.raises(InputError, match="trained with the TAP tap-tiny of another version of this package"):
+            load_adapter(folder, llm=make_llm("llama"))
 
     def test_an_llm_of_another_size_is_refused(self, make_adapter: Any, tap: Any, make_llm: Any) -> None:
         _, _, folder = make_adapter()
