@@ -131,6 +131,7 @@ def _open_scenes(
     reads, size = find_projector(model.config.projector), (config.scene_size[0], config.scene_size[1])
     roi_grid, global_grid = model.config.roi_grid * reads.uses_roi, model.config.global_grid * reads.uses_global
     about = to_dict(config.store) | {name: getattr(config, name) for name in _OF_SCENES}
+    del about["folder"]  # it may move
     pictures = ScenePictures(scene_composer(config), config.store, size)
     tap_processor = TapProcessor(processor.image_processor)
     store_scenes(pictures, model.model.tap, tap_processor, roi_grid, global_grid, about)
