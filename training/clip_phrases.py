@@ -48,7 +48,7 @@ def draw_phrase(rng: np.random.Generator, thing: Thing) -> Phrase:
         text = f"the {bare}"
     else:
         text = wording.noun_phrase(thing, adjectives)
-    return Phrase(_wrapped(rng, text), thing.name, *colours or [""], texture)
+    return Phrase(_wrapped(rng, text), thing.name, "".join(colours), texture)
 
 
 def draw_background_words(rng: np.random.Generator, count: int, names: set[str]) -> list[str]:

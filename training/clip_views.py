@@ -58,9 +58,7 @@ def coarse(rng: np.random.Generator, mask: NDArray[np.bool_], patch: int) -> NDA
     height, width = mask.shape
     grid = max(1, width // patch), max(1, height // patch)
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    soft = np.asarray(
-        picture.resize(grid, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR)
-    )
+    soft = np.asarray(picture.resize(grid, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR))
     return np.asarray(soft > soft.max() * rng.uniform(0.2, 0.65))
 
 
@@ -78,7 +76,9 @@ def random_blob(rng: np.random.Generator, free: NDArray[np.bool_]) -> NDArray[np
 
 def _draw_circle(picture: Image.Image, mask: NDArray[np.bool_], width: int) -> None:
     """The red outline of an ellipse of the size of the mask's box, around the mask's centroid."""
-    x0, y0, x1, y1 = mask_to_box(mask)
+    box = mask_to_box(mask)
+    assert box is not None  # masks of objects are not empty
+    x0, y0, x1, y1 = box
     ys, xs = np.nonzero(mask)
     x, y, rx, ry = int(xs.mean()), int(ys.mean()), (x1 - x0) // 2, (y1 - y0) // 2
     ImageDraw.Draw(picture).ellipse((x - rx, y - ry, x + rx, y + ry), outline=_RED, width=width)

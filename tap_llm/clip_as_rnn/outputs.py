@@ -103,7 +103,7 @@ class CarOutput:
             best = [max(self.found, key=lambda index: self.scores[index])] if self.found else []
             shown = best if self.merged_mask is not None and self.merged_mask.any() else []
             return [self._region(index, self.merged_mask) for index in shown]
-        rows = {index: mask for index, mask in zip(self.kept, self.kept_masks, strict=True)}
+        rows = dict(zip(self.kept, self.kept_masks, strict=True))
         return [self._region(index, rows[index]) for index in self.found]
 
     def _region(self, index: int, mask: BoolArray | None) -> Region:

@@ -35,9 +35,9 @@ BACKGROUND_AQUATIC = _words(
     "breeze wind gust hurricane tornado monsoon cumulus cirrus stratus nimbus"
 )
 BACKGROUND_MAN_MADE = _words(
-    "building house wall road street railway railroad bridge edifice structure apartment condominium skyscraper highway "
-    "boulevard lane alley byway avenue expressway freeway path overpass underpass viaduct tunnel footbridge crosswalk "
-    "culvert dam archway causeway plaza square station terminal"
+    "building house wall road street railway railroad bridge edifice structure apartment condominium skyscraper "
+    "highway boulevard lane alley byway avenue expressway freeway path overpass underpass viaduct tunnel footbridge "
+    "crosswalk culvert dam archway causeway plaza square station terminal"
 )
 BACKGROUND_LARGE = BACKGROUND_TERRESTRIAL + BACKGROUND_AQUATIC + BACKGROUND_MAN_MADE  # of the paper's ablation
 

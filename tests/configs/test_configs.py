@@ -25,6 +25,7 @@ from training.align import AlignConfig
 from training.caption import CaptionConfig
 from training.captioning import CaptionLossConfig, CaptionObjective
 from training.chat import ChatConfig
+from training.clip import ClipTrainConfig
 from training.config import load_config
 from training.language import LanguageConfig
 from training.models import random_concepts
@@ -38,6 +39,7 @@ LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
 CLASSES = {
     "pretrain": PretrainConfig,
+    "clip": ClipTrainConfig,
     "caption": CaptionConfig,
     "language": LanguageConfig,
     "align": AlignConfig,
