@@ -63,11 +63,13 @@ class Scores:
         metrics: nested dicts of numbers; None where there was nothing to measure on.
         not_measured: reason by metric.
         cases: for `eval.report` to draw the worst and the best of; optional.
+        faults: what is wrong beside whole examples: with single regions, answers, or the data; one line each.
     """
 
     metrics: dict[str, Any]
     not_measured: dict[str, str] = field(default_factory=dict)
     cases: Iterable[Case] = ()
+    faults: Sequence[str] = ()
 
 
 class Benchmark(ABC):
@@ -186,7 +188,7 @@ def run(
         benchmark.unit: sum(map(benchmark.count, answered)),
         "examples": len(done.predictions),
         "examples_unusable": done.unusable,
-        "faults": done.faults,
+        "faults": [*done.faults, *scores.faults],
         "model": model,
         "data": {"sha256": hash_texts(*(outcome.fingerprint for outcome in done.outcomes if outcome.fingerprint))},
         "settings": about["settings"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .captions import java, ngrams, ptb
 from .captions.java import Part, Tokens
@@ -33,7 +34,7 @@ class CaptionScores:
         each: CIDEr-D of every caption of the part `WHOLE`, by key; empty without that part.
     """
 
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[Any, dict[str, float]]
     not_measured: dict[str, str] = field(default_factory=dict)
     each: dict[str, float] = field(default_factory=dict)
 
@@ -41,7 +42,7 @@ class CaptionScores:
 def score_captions(
     captions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    parts: Mapping[str, Sequence[str]] | None = None,
+    parts: Mapping[Any, Sequence[str]] | None = None,
     metrics: Collection[str] = METRICS,
 ) -> CaptionScores:
     """Compare captions with references.
@@ -71,7 +72,7 @@ def score_captions(
 def score_tokens(
     captions: Tokens,
     references: Tokens,
-    parts: Mapping[str, Sequence[str]],
+    parts: Mapping[Any, Sequence[str]],
     metrics: Collection[str] = METRICS,
     official: bool = True,
 ) -> CaptionScores:

@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from PIL import Image
 
-KEPT = 32  # of each group, the worst and the best
+KEPT = 20  # of each group, the worst and the best
 
 
 class CaseRegion(TypedDict, total=False):

@@ -63,7 +63,7 @@ def _chances(questions: Sequence[Answered]) -> list[float]:
 
 
 def _metrics(rows: Sequence[Answered], group: str = "") -> dict[str, Any]:
-    shares = {condition: _mean(_right(row, condition) for row in rows) for condition in CONDITIONS}
+    shares = {condition: _mean(is_right(row, condition) for row in rows) for condition in CONDITIONS}
     metrics = {
         "questions": len(rows),
         "exact": shares.pop("true"),
@@ -74,7 +74,8 @@ def _metrics(rows: Sequence[Answered], group: str = "") -> dict[str, Any]:
     return metrics | (extra(rows) if extra else {})
 
 
-def _right(row: Answered, condition: str) -> bool | None:
+def is_right(row: Answered, condition: str) -> bool | None:
+    """Whether the answer under a condition has the expected words; None where there was none to give."""
     said = row["said"][condition]
     return None if said is None else same_answer(said, row["answer"])
 
@@ -82,7 +83,7 @@ def _right(row: Answered, condition: str) -> bool | None:
 def _name_metrics(rows: Sequence[Answered]) -> dict[str, Any]:
     named = [row for row in rows if row["concept"] is not None]
     concept = _mean(row["concept"].lower() == row["truth"]["name"] for row in named)
-    exact = _mean(_right(row, "true") for row in named)
+    exact = _mean(is_right(row, "true") for row in named)
     return {"concept_accuracy": concept, "ratio": exact / concept if concept and exact is not None else None}
 
 

@@ -1,15 +1,15 @@
 """What the commands of all benchmarks share: arguments, models, the run, and what is printed at its end.
 
-    def main(arguments: Sequence[str] | None = None) -> Run:
-        parser = benchmark_parser("mine", __doc__)
-        common_arguments(parser)
-        parser.add_argument("--data", type=Path, required=True, help="annotations.json")
-        args = parse(parser, arguments)
-        pipe = load_pipeline(args)
-        return finish(evaluate(Mine(pipe, args.data), args, describe_model(pipe, args.model)), args)
+def main(arguments: Sequence[str] | None = None) -> Run:
+    parser = benchmark_parser("mine", __doc__)
+    common_arguments(parser)
+    parser.add_argument("--data", type=Path, required=True, help="annotations.json")
+    args = parse(parser, arguments)
+    pipe = load_pipeline(args)
+    return finish(evaluate(Mine(pipe, args.data), args, describe_model(pipe, args.model)), args)
 
-    if __name__ == "__main__":
-        sys.exit(cli(main))
+if __name__ == "__main__":
+    sys.exit(cli(main))
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from tap_llm.errors import InputError
 from tap_llm.pipelines import DEFAULT_MODEL, RegionPipeline
 
 from .base import Benchmark, Run, predictions_path, run
+from .processes import own_device
 from .tables import metrics_text
 
+DEFAULT_FOLDER = Path("runs/eval")
 SHOWN_FAULTS = 20
 
 
@@ -60,7 +62,7 @@ def common_arguments(
     if pipeline:
         add("--concepts", help="concept space in place of the model's own")
         add("--tokenizer", help="tokenizer in place of the model's own")
-    add("--out", type=Path, required=True, help="results file; predictions are kept beside it")
+    add("--out", type=Path, help="results file; predictions are kept beside it [runs/eval/BENCHMARK-MODEL.json]")
     if limit:
         add("--limit", type=positive, metavar="N", help="the first N examples only")
     add("--batch-size", type=positive, default=64, help=f"{batch} [64]")
@@ -86,8 +88,11 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     typed = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(typed)
     args.command = typed
+    if args.out is None:
+        args.out = DEFAULT_FOLDER / f"{parser.prog.split('.')[-1]}-{Path(args.model).name}.json"
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; name a file")
+    args.device = own_device(args.device)
     return args
 
 
@@ -111,10 +116,13 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, model: dict[str, An
         model: of `describe_model` or `describe_modules`.
         batch_size: examples given to `predict_batch` at once; `args.batch_size` for benchmarks that have their own.
 
+    Returns:
+        What was found, in the first process; the others end here.
+
     Raises:
         InputError: as `run`.
     """
-    return run(
+    finished = run(
         benchmark,
         args.out,
         model,
@@ -123,6 +131,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace, model: dict[str, An
         batch_size=batch_size,
         limit=getattr(args, "limit", None),
     )
+    return finished if finished is not None else sys.exit(0)
 
 
 def finish(finished: Run, args: argparse.Namespace, text: str | None = None, notes: Iterable[str] = ()) -> Run:
@@ -146,17 +155,24 @@ def finish(finished: Run, args: argparse.Namespace, text: str | None = None, not
         *([f"NOT EVALUATED: {more} more, all named in {args.out}"] if more > 0 else []),
         *(f"not measured: {metric}: {reason}" for metric, reason in results["not_measured"].items()),
         *notes,
-        *speed_lines(results["speed"]),
+        *speed_lines(results["speed"], results["processes"]),
         f"wrote {args.out} and {predictions_path(args.out)}",
     ]
     print("\n".join(lines))
     return finished
 
 
-def speed_lines(speed: dict[str, Any]) -> list[str]:
+def speed_lines(speed: dict[str, Any], processes: int) -> list[str]:
     """One line, or none where nothing was predicted in this run."""
-    rates = {key.removesuffix("_per_second"): value for key, value in speed.items() if key.endswith("_per_second")}
-    return [", ".join(f"{value} {key}/s" for key, value in rates.items())] if all(rates.values()) else []
+    if speed["examples_per_second"] is None:
+        return []
+
+    def rates(values: dict[str, Any]) -> str:
+        named = {key.removesuffix("_per_second"): value for key, value in values.items()}
+        return ", ".join(f"{value} {name}/s" for name, value in named.items() if name != "per_process")
+
+    each = f" in all; {rates(speed['per_process'])} in each of {processes} processes" if processes > 1 else ""
+    return [rates(speed) + each]
 
 
 def cli(main: Callable[[], Any]) -> int:

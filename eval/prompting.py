@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tap_llm.data.readers.base import box_from_xywh
 from tap_llm.encoded import EncodedImage, TightMask, tight_masks
 from tap_llm.errors import InputError
 from tap_llm.masks import encode_rle
@@ -124,3 +126,17 @@ class EncodedPictures:
             stop = start + len(list(rows))
             yield from tight_masks(self.pipe.processor, logits[start:stop], self.pictures[owner])
             start = stop
+
+
+def answer_boxes(
+    pipe: RegionPipeline, images: Sequence[Image.Image], boxes: Sequence[Sequence[Any]], batch_size: int = 64
+) -> list[list[Answer]]:
+    """Answers to boxes (x, y, w, h) of each picture, in order; without any box nothing is encoded.
+
+    Raises:
+        InputError: as `EncodedPictures.ask`.
+    """
+    prompts = [[{"box": box_from_xywh(box)} for box in of_one] for of_one in boxes]
+    if not any(prompts):
+        return [[] for _ in images]
+    return EncodedPictures(pipe, images, batch_size).ask(prompts)

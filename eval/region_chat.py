@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,12 @@ from tap_llm.errors import InputError
 from tap_llm.region_llm.features import RegionFeatures
 from training.sources import DataConfig, make_composers
 
-from .base import Benchmark, Examples, Prediction, Run, Scores, describe_model, predictions_path, run
+from .base import Benchmark, Case, Examples, Prediction, Run, Scores, describe_model
+from .cases import embedded
 from .chat_model import ChatModel, Reading
-from .chat_scores import CONDITIONS, score_answers
-from .tables import aligned
+from .chat_scores import CONDITIONS, is_right, score_answers
+from .command import benchmark_parser, cli, common_arguments, evaluate, finish, parse, positive
+from .tables import aligned, cell
 from .talk_sources import Talk, TalkSource, picture_of, shuffled
 
 FIRST_SEED = 2**31  # training draws its scenes below
@@ -70,12 +71,25 @@ class RegionChat(Benchmark):
     def count(self, prediction: Prediction) -> int:
         return prediction["regions"]
 
+    def truth(self, example: Talk) -> Prediction:
+        """All questions, as if each had been answered with nothing."""
+        nameless = None if self.chat.concepts is None else [""] * len(example.scene.things)
+        questions = [
+            {**_about(question, example.scene, nameless), "said": dict.fromkeys(CONDITIONS, "")}
+            for _, question in questions_of(example.conversations)
+        ]
+        return {
+            "source": example.source,
+            "regions": len(example.scene.things),
+            "names": [thing.name for thing in example.scene.things],
+            "questions": questions,
+        }
+
     def predict(self, example: Talk) -> Prediction:
         """Answers to all questions, with the regions and with each control."""
         asked = list(questions_of(example.conversations))
-        base = {"source": example.source, "regions": len(example.scene.things)}
         if not asked:
-            return {**base, "questions": []}
+            return {"questions": []}
         own = self._read(example.id, example.scene)
         other = self._read(*example.other)
         versions = controls(own.features, other.features, np.random.default_rng(example.seed))
@@ -92,7 +106,8 @@ class RegionChat(Benchmark):
             }
             for number, (_, question) in enumerate(asked)
         ]
-        return {**base, "questions": questions}
+        image, boxes = picture_of(example.scene)
+        return {"image": embedded(image), "boxes": boxes, "questions": questions}
 
     def score(self, predictions: list[Prediction]) -> Scores:
         """Metrics by source."""
@@ -103,7 +118,7 @@ class RegionChat(Benchmark):
         metrics = {name: score_answers(questions) for name, questions in found.items()}
         unnamed = any(q["concept"] is None for questions in found.values() for q in questions)
         reason = "the TAP below has no concept space at hand; name one with --concepts"
-        return Scores(metrics, {"names/concept_accuracy": reason} if unnamed else {})
+        return Scores(metrics, {"names/concept_accuracy": reason} if unnamed else {}, chat_cases(predictions))
 
     def _read(self, name: str, scene: Scene) -> Reading:
         """What TAP knows of a scene. Every picture is the other one first and then itself, and is read once."""
@@ -156,8 +171,10 @@ def _about(question: Question, scene: Scene, names: list[str] | None) -> dict[st
     """What scoring needs to know of a question; truth and TAP's own name are those of its first region."""
     first = question.regions[0]
     thing, drawn = scene.things[first], scene.attributes[first]
+    numbers = [f"region {region + 1}" for region in question.regions]
     return {
         "kind": question.kind,
+        "asked": question.form.format(*numbers, list="all regions", v=question.value),
         "answer": question.answer,
         "choices": list(question.choices),
         "concept": None if names is None else names[first],
@@ -169,6 +186,34 @@ def _about(question: Question, scene: Scene, names: list[str] | None) -> dict[st
     }
 
 
+def chat_cases(predictions: Sequence[Prediction]) -> list[Case]:
+    """Every scene that was asked about, by the share of right answers."""
+    return [
+        {
+            "score": sum(map(_is_right, questions)) / len(questions),
+            "title": prediction["id"],
+            "text": prediction.get("fault") or "\n".join(map(_told, questions)),
+            "image": prediction.get("image"),
+            "group": prediction["source"],
+            "truth": [
+                {"region": box, "concept": name}
+                for box, name in zip(prediction.get("boxes", []), prediction["names"], strict=False)
+            ],
+        }
+        for prediction in predictions
+        if (questions := prediction["questions"])
+    ]
+
+
+def _is_right(question: dict[str, Any]) -> bool:
+    return bool(is_right(question, "true"))
+
+
+def _told(question: dict[str, Any]) -> str:
+    said = f"{question['asked']} {question['said']['true']}"
+    return f"right: {said}" if _is_right(question) else f"WRONG: {said} (expected: {question['answer']})"
+
+
 # The command
 
 
@@ -178,49 +223,39 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     Raises:
         InputError: something on the command line cannot be used.
     """
-    args = _parser().parse_args(arguments)
-    _check(args)
+    args = parse(_parser(), arguments)
     sources = _sources(args)
     chat = ChatModel.from_pretrained(
         args.model, args.concepts, args.device, args.dtype,
         max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
     )  # fmt: skip
-    command = sys.argv[1:] if arguments is None else arguments
-    finished = run(RegionChat(chat, sources), args.out, describe_model(chat, args.model), args.fresh, command=command)
-    _report(finished, args.out)
-    return finished
+    finished = evaluate(RegionChat(chat, sources), args, describe_model(chat, args.model))
+    asked = sum(len(prediction["questions"]) for prediction in finished.predictions)
+    counts = f"{finished.results['examples']} scenes, {finished.results['regions']} regions, {asked} questions"
+    return finish(finished, args, _tables(finished), [f"{counts}, each answered {len(CONDITIONS)} times"])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.region_chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = benchmark_parser("region_chat", __doc__)
+    common_arguments(
+        parser,
+        model="tap-tiny-chat",
+        model_help="adapter, folder or hub id of a whole model, or bundled name",
+        batch="questions answered at once",
+        pipeline=False,
     )
     add = parser.add_argument
-    add("--model", default="tap-tiny-chat", help="adapter, folder or hub id of a whole model, or bundled name")
     add("--concepts", help="concept space for TAP's own names, in place of that of the model's TAP")
     add("--sprites", nargs="+", default=[], metavar="DIR", help="scenes of these named cut-outs and drawn shapes")
     add("--backgrounds", nargs="+", default=[], metavar="DIR", help="pictures behind them; drawn ones by default")
     add("--shape-share", type=float, default=0.4, metavar="SHARE", help="of drawn shapes beside --sprites [0.4]")
     add("--shapes", action="store_true", help="scenes of drawn shapes only, beside those of --sprites")
-    add("--count", type=int, default=200, help="scenes of each kind [200]")
-    add("--talks", type=int, default=4, help="conversations about each scene [4]")
+    add("--count", type=positive, default=200, help="scenes of each kind [200]")
+    add("--talks", type=positive, default=4, help="conversations about each scene [4]")
     add("--seed", type=int, default=FIRST_SEED, help="of the first scene")
     add("--size", type=int, nargs=2, default=(400, 300), metavar=("W", "H"), help="of the scenes [400 300]")
-    add("--max-new-tokens", type=int, default=48, help="longest answer [48]")
-    add("--batch-size", type=int, default=64, help="questions answered at once [64]")
-    add("--out", type=Path, required=True, help="results file; predictions are kept beside it")
-    add("--fresh", action="store_true", help="discard stored predictions")
-    add("--device", help="such as cpu or cuda:0")
-    add("--dtype", help="such as bfloat16")
+    add("--max-new-tokens", type=positive, default=48, help="longest answer [48]")
     return parser
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out} is a folder; name a file")
-    for name in ("count", "talks", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
 
 
 def _sources(args: argparse.Namespace) -> list[TalkSource]:
@@ -238,53 +273,25 @@ def _sources(args: argparse.Namespace) -> list[TalkSource]:
     ]
 
 
-def _report(finished: Run, out: Path) -> None:
-    """Print the tables and what is worth knowing beside them."""
-    results, speed = finished.results, finished.results["speed"]["regions_per_second"]
-    tables = [
-        (f"{source}, {title}", rows) for source, found in results["metrics"].items() for title, rows in found.items()
-    ]
-    asked = sum(len(prediction["questions"]) for prediction in finished.predictions)
-    lines = [
-        *(f"\n{title}\n{chat_table(rows)}" for title, rows in tables),
-        "",
-        *(f"NOT EVALUATED: {fault}" for fault in results["faults"]),
-        *(f"not measured: {metric}: {reason}" for metric, reason in results["not_measured"].items()),
-        f"{results['examples']} scenes, {results['regions']} regions, {asked} questions",
-        *([f"{speed} regions/s, each question answered {len(CONDITIONS)} times"] if speed is not None else []),
-        f"wrote {out} and {predictions_path(out)}",
-    ]
-    print("\n".join(lines))
+def _tables(finished: Run) -> str:
+    return "\n".join(
+        f"\n{source}, {title}\n{chat_table(rows)}"
+        for source, found in finished.results["metrics"].items()
+        for title, rows in found.items()
+    )
 
 
 def chat_table(rows: dict[str, dict[str, Any]]) -> str:
     """One line per group or kind of questions, then a line for each that has more to tell."""
     columns = ("questions", "exact", "chance", *CONDITIONS[1:])
-    lines = [[name, *(_cell(metrics[key]) for key in columns)] for name, metrics in rows.items()]
+    lines = [[name, *(cell(metrics[key]) for key in columns)] for name, metrics in rows.items()]
     more = {
-        name: [f"{key} {_cell(value)}" for key, value in metrics.items() if key not in columns]
+        name: [f"{key} {cell(value)}" for key, value in metrics.items() if key not in columns]
         for name, metrics in rows.items()
     }
     notes = [f"{name}: {', '.join(texts)}" for name, texts in more.items() if texts]
     return "\n".join([aligned([["", *columns], *lines]), *notes])
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def cli() -> int:
-    """The command with its errors as messages; returns the exit status."""
-    try:
-        main()
-    except (InputError, KeyboardInterrupt) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        print("interrupted; the same command goes on from here" if stopped else error, file=sys.stderr)
-        return 130 if stopped else 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(cli(main))

@@ -158,7 +158,7 @@ def merge(shares: Sequence[Share], stored: StoredPredictions) -> Merged:
     seen: set[str] = set()
     for outcome in merged.outcomes:
         if outcome.id in seen:
-            outcome.fault = f"example {outcome.index}: the id {outcome.id} is used twice; the first one counts"
+            outcome.fault = f"this id is used twice; example {outcome.index} does not count"
         if outcome.fault:
             merged.faults.append(outcome.describe())
         if outcome.id is None or outcome.id in seen:

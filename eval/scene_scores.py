@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from .base import Prediction, Scores
-from .reference_metrics import METRICS, ReferenceMetrics, missing_reason
+from .caption_metrics import score_captions
 from .words import judge_shape, says_colour, says_name
 
 Region = dict[str, Any]
@@ -18,6 +18,7 @@ Value = Callable[[Region], float | None]
 
 KINDS = ("shape", "emoji", "grocery", "garment", "object")
 ATTRIBUTES = ("colour", "texture", "size")
+REFERENCE_METRICS = ("cider_d", "meteor")
 
 
 def names_object(region: Region) -> bool | None:
@@ -99,7 +100,7 @@ class SceneScores:
     ) -> None:
         self.concepts = None if concepts is None else set(concepts)
         self.novel, self.known = set(novel), None if known is None else set(known)
-        self.without_references = missing_reason() if references else "left out on request"
+        self.references = references
 
     def is_known(self, name: str | None) -> bool | None:
         """In the concept space and not held out; None where that cannot be said."""
@@ -113,7 +114,7 @@ class SceneScores:
         groups = {source: self._groups(regions) for source, regions in _by_source(predictions).items()}
         for source, members in groups.items():
             scores.metrics[source] = {name: self._measure(regions) for name, regions in members.items()}
-        if not self.without_references:
+        if self.references:
             _add_reference_metrics(scores, groups)
         return scores
 
@@ -123,8 +124,8 @@ class SceneScores:
             reasons["concepts, known and novel names"] = "the model has no concept space"
         if not any(region["captioned"] for prediction in predictions for region in prediction["regions"]):
             reasons["captions"] = "the model has no tokenizer"
-        elif self.without_references:
-            reasons |= dict.fromkeys(METRICS, self.without_references)
+        elif not self.references:
+            reasons |= dict.fromkeys(REFERENCE_METRICS, "left out on request")
         return reasons
 
     def _groups(self, regions: Sequence[Region]) -> dict[str, list[Region]]:
@@ -168,19 +169,19 @@ def _add_reference_metrics(scores: Scores, groups: dict[str, dict[str, list[Regi
         for name, regions in members.items()
         if "/" not in name
     }
+    parts = {name: [str(id(region)) for region in regions] for name, regions in captioned.items() if regions}
     texts = {str(id(region)): region for regions in captioned.values() for region in regions}
     if not texts:
         return
-    try:
-        metrics = ReferenceMetrics(
-            {key: region["box"]["caption"] for key, region in texts.items()},
-            {key: region["truth"]["captions"] for key, region in texts.items()},
-        )
-        for (source, name), regions in captioned.items():
-            if regions:
-                scores.metrics[source][name] |= metrics.score([str(id(region)) for region in regions])
-    except RuntimeError as error:
-        scores.not_measured |= dict.fromkeys(METRICS, str(error))
+    found = score_captions(
+        {key: region["box"]["caption"] for key, region in texts.items()},
+        {key: region["truth"]["captions"] for key, region in texts.items()},
+        parts,
+        REFERENCE_METRICS,
+    )
+    for (source, name), metrics in found.metrics.items():
+        scores.metrics[source][name] |= metrics
+    scores.not_measured |= found.not_measured
 
 
 def _attribute_metrics(regions: Sequence[Region]) -> dict[str, Any]:

@@ -53,17 +53,27 @@ class Picture(Example):
 
     Attributes:
         source: name of the source.
-        image: RGB.
+        image: RGB; None where it cannot be read.
         masks: (N, H, W) bool, none empty.
         truths: N.
         left_out: regions of the picture that are too small.
+        path: of the picture, if it is in a file.
+        fault: why it cannot be read.
     """
 
     source: str
-    image: Image.Image
+    image: Image.Image | None
     masks: NDArray[np.bool_]
     truths: list[Truth]
     left_out: int
+    path: str | None = None
+    fault: str = ""
+
+    def load(self) -> Image.Image:
+        """The picture; raises [`InputError`] where it cannot be read."""
+        if self.image is None:
+            raise InputError(self.fault)
+        return self.image
 
 
 class Source(Dataset[Picture]):
@@ -94,13 +104,15 @@ class Source(Dataset[Picture]):
             raise type(error)(f"{self.ids[index]}: {error}") from error
 
     def _picture(self, name: str, sample: RegionSample) -> Picture:
-        image = sample.load_image()
+        image, fault = _image_of(sample)
         masked = [region for region, has in zip(sample.regions, sample.has_mask, strict=True) if has]
         masks = sample.masks()
         large = np.flatnonzero(masks.mean((1, 2)) >= self.least_area) if len(masks) else np.zeros(0, dtype=np.int64)
         truths = [truth_of(masked[index], int(index)) for index in large]
-        known = fingerprint(np.asarray(image), masks[large], [asdict(truth) for truth in truths])
-        return Picture(name, known, self.name, image, masks[large], truths, len(masks) - len(large))
+        pixels = np.zeros(0) if image is None else np.asarray(image)
+        known = fingerprint(pixels, masks[large], [asdict(truth) for truth in truths])
+        path = str(sample.image) if isinstance(sample.image, (str, Path)) else None
+        return Picture(name, known, self.name, image, masks[large], truths, len(masks) - len(large), path, fault)
 
 
 class FileSource(Source):
@@ -156,6 +168,14 @@ class SceneSource(Source):
 
     def sample(self, index: int) -> RegionSample:
         return self.composer.scene(self.seed + index, self.size).to_sample()
+
+
+def _image_of(sample: RegionSample) -> tuple[Image.Image | None, str]:
+    """The picture, or why there is none."""
+    try:
+        return sample.load_image(), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def truth_of(region: dict[str, Any], index: int) -> Truth:

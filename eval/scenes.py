@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset
 
@@ -30,12 +29,13 @@ from tap_llm.data.scenes import SceneComposer
 from tap_llm.encoded import EncodedImage
 from tap_llm.errors import InputError
 from tap_llm.masks import encode_rle, mask_to_box
-from tap_llm.pipelines import DEFAULT_MODEL, RegionPipeline
-from tap_llm.regions import PAD
+from tap_llm.pipelines import RegionPipeline
 from training.examples import DataConfig, make_composers
-from training.prompts import centre_click, click_error_centre
 
-from .base import Benchmark, Examples, Prediction, Run, Scores, describe_model, predictions_path, run
+from .base import Benchmark, Case, Examples, Prediction, Run, Scores, describe_model
+from .cases import CaseRegion, picture_of_case
+from .clicks import Clicks
+from .command import benchmark_parser, cli, common_arguments, evaluate, finish, load_pipeline, parse, positive
 from .overlap import ellipse_in_box, filled_box, iou
 from .scene_scores import SceneScores
 from .scene_sources import FileSource, Picture, SceneSource, Source
@@ -73,32 +73,52 @@ class Scenes(Benchmark):
         return len(prediction["regions"])
 
     def score(self, predictions: list[Prediction]) -> Scores:
-        return self.scorer(predictions)
+        scores = self.scorer(predictions)
+        scores.cases = scene_cases(predictions)
+        return scores
 
     def settings(self) -> dict[str, Any]:
         return {"clicks": CLICKS, "names": NAMES}
 
+    def truth(self, example: Picture) -> Prediction:
+        """The regions, as if each had been answered with nothing."""
+        nothing = {"prompt": {}, "iou": 0.0, "predicted_iou": 0.0, "caption": "", "mask": None}
+        nothing["concepts"] = [] if self.scorer.concepts is None else [["", 0.0]]
+        wrong = {"box": nothing, "click": nothing, "click_ious": [0.0] * CLICKS}
+        regions = [region | wrong for region in self._regions(example)]
+        return {"source": example.source, "left_out": example.left_out, "image": example.path, "regions": regions}
+
+    def _regions(self, example: Picture) -> list[dict[str, Any]]:
+        """What is known of the regions."""
+        return [
+            {
+                "truth": asdict(truth),
+                "mask": encode_rle(mask),
+                "captioned": self.pipe.can_caption,
+                "baselines": _baselines(mask),
+            }
+            for truth, mask in zip(example.truths, example.masks, strict=True)
+        ]
+
     def predict(self, example: Picture) -> Prediction:
         """Answers to the box and to the clicks of each region; masks as RLE."""
-        about = {"source": example.source, "left_out": example.left_out}
         if not example.truths:
-            return {**about, "regions": []}
-        encoded = self.pipe.encode(example.image)
+            return {"regions": []}
+        image = example.load()
+        encoded = self.pipe.encode(image)
         boxes = [mask_to_box(mask) for mask in example.masks]
         by_box = self._ask(encoded, [{"box": box} for box in boxes], captions=self.pipe.can_caption)
         rounds = self._click(encoded, example.masks)
         regions = [
             {
-                "truth": asdict(truth),
-                "captioned": self.pipe.can_caption,
-                "baselines": _baselines(mask),
+                **known,
                 "box": _answer(by_box[row], mask),
                 "click": _answer(rounds[0][row], mask),
                 "click_ious": [iou(results[row]["mask"], mask) for results in rounds],
             }
-            for row, (truth, mask) in enumerate(zip(example.truths, example.masks, strict=True))
+            for row, (known, mask) in enumerate(zip(self._regions(example), example.masks, strict=True))
         ]
-        return {**about, "regions": regions}
+        return {"image": picture_of_case(image, example.path), "regions": regions}
 
     def _ask(self, encoded: EncodedImage, prompts: list[dict[str, Any]], captions: bool = False) -> list[Result]:
         answers: Any = self.pipe(encoded, prompts, captions=captions, top_k=NAMES, batch_size=self.batch_size)
@@ -106,20 +126,11 @@ class Scenes(Benchmark):
 
     def _click(self, encoded: EncodedImage, masks: NDArray[np.bool_]) -> list[list[Result]]:
         """Results after 1, 2, … clicks; a mask without any error gets no further click."""
-        wanted = torch.from_numpy(masks)
-        points: list[list[list[int]]] = [[] for _ in masks]
-        labels: list[list[int]] = [[] for _ in masks]
-        pixels, kinds = centre_click(wanted)
-        rounds: list[list[Result]] = []
+        clicks = Clicks(masks)
+        rounds = [self._ask(encoded, clicks.prompts())]
         while len(rounds) < CLICKS:
-            if rounds:
-                predicted = np.stack([result["mask"] for result in rounds[-1]])
-                pixels, kinds = click_error_centre(wanted, torch.from_numpy(predicted))
-            for row, (pixel, kind) in enumerate(zip(pixels.tolist(), kinds.tolist(), strict=True)):
-                if kind != PAD:
-                    points[row], labels[row] = [*points[row], pixel], [*labels[row], kind]
-            prompts = [{"points": p, "labels": kind} for p, kind in zip(points, labels, strict=True)]
-            rounds.append(self._ask(encoded, prompts))
+            clicks.correct([result["mask"] for result in rounds[-1]])
+            rounds.append(self._ask(encoded, clicks.prompts()))
         return rounds
 
 
@@ -142,6 +153,41 @@ def _baselines(mask: NDArray[np.bool_]) -> dict[str, float]:
     return {name: iou(draw(box, mask.shape), mask) for name, draw in shapes.items()}
 
 
+def scene_cases(predictions: Sequence[Prediction]) -> list[Case]:
+    """Every answer to a box and to a click, by IoU; grouped by source and prompt."""
+    return [
+        {
+            "score": region[prompt]["iou"],
+            "title": f"{prediction['id']}: {region['truth']['name'] or 'a region without a name'}",
+            "text": _told(region["truth"]["captions"], region[prompt], prediction.get("fault")),
+            "image": prediction["image"],
+            "group": f"{prediction['source']}, {prompt}",
+            "truth": [{"mask": region["mask"], "concept": region["truth"]["name"] or ""}],
+            "answer": [_shown(region[prompt])],
+        }
+        for prediction in predictions
+        for region in prediction["regions"]
+        for prompt in ("box", "click")
+    ]
+
+
+def _told(captions: Sequence[str], answer: dict[str, Any], fault: str | None) -> str:
+    if fault:
+        return f"no answer: {fault}"
+    lines = {
+        "expected": captions[0] if captions else "",
+        "said": answer["caption"],
+        "named": answer["concepts"][0][0] if answer["concepts"] else "",
+    }
+    return "\n".join(f"{key}: {text}" for key, text in lines.items() if text)
+
+
+def _shown(answer: dict[str, Any]) -> CaseRegion:
+    concept, score = answer["concepts"][0] if answer["concepts"] else ("", 0.0)
+    known = CaseRegion(region=answer["prompt"], concept=concept, concept_score=score, caption=answer["caption"])
+    return known if answer["mask"] is None else {**known, "mask": answer["mask"]}
+
+
 # The command
 
 
@@ -151,17 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> Run:
     Raises:
         InputError: something on the command line cannot be used.
     """
-    typed = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(typed)
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out} is a folder; name a file")
+    args = parse(_parser(), arguments)
     known, novel = _composers(args)
     sources = [*_file_sources(args), *(_scene_sources(args, known, novel) if args.compose else [])]
     if not sources:
         raise InputError("nothing to evaluate: give --data FILE …, or --compose with --sprites DIR … or --shapes")
-    pipe = RegionPipeline.from_pretrained(
-        args.model, args.tokenizer, args.concepts, device=args.device, dtype=args.dtype
-    )
+    pipe = load_pipeline(args)
     scorer = SceneScores(
         None if pipe.concepts is None else [name.lower() for name in pipe.concepts.names],
         novel.sprites.names if novel is not None and novel.sprites is not None else (),
@@ -169,50 +210,36 @@ def main(arguments: Sequence[str] | None = None) -> Run:
         references=not args.no_references,
     )
     benchmark = Scenes(pipe, sources, scorer, args.batch_size)
-    finished = run(benchmark, args.out, describe_model(pipe, args.model), args.fresh, command=typed)
-    _report(finished, args.out)
+    finished = evaluate(benchmark, args, describe_model(pipe, args.model))
+    small = sum(prediction["left_out"] for prediction in finished.predictions)
+    counts = f"{finished.results['examples']} images, {finished.results['regions']} regions"
+    finish(finished, args, _tables(finished), [f"{counts}; {small} regions left out as too small"])
     if args.pictures is not None:
-        for path in write_sheets(args.pictures, sources, finished.predictions):
+        for path in write_sheets(args.pictures, scene_cases(finished.predictions)):
             print(f"wrote {path}")
     return finished
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("scenes", __doc__)
+    common_arguments(parser, batch="regions decoded at once", limit=False)
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="bundled name, folder, hub id or official name")
-    add("--concepts", help="concept space in place of the model's own")
-    add("--tokenizer", help="tokenizer in place of the model's own")
     add("--data", nargs="+", type=Path, default=[], metavar="FILE", help="samples with masks, such as COCO files")
-    add("--every", type=_count, default=1, metavar="K", help="of --data: every K-th sample, starting with the first")
-    add("--limit", type=_count, metavar="N", help="of --data: at most N samples of each file")
+    add("--every", type=positive, default=1, metavar="K", help="of --data: every K-th sample, starting with the first")
+    add("--limit", type=positive, dest="most", metavar="N", help="of --data: at most N samples of each file")
     add("--min-area", type=float, metavar="SHARE", help="of --data: least share of the picture [0.01]")
     add("--compose", action="store_true", help="compose scenes")
     add("--sprites", nargs="+", default=[], metavar="DIR", help="named cut-outs for --compose and --hold-out")
     add("--backgrounds", nargs="+", default=[], metavar="DIR", help="pictures behind them; drawn ones by default")
     add("--hold-out", type=float, default=0.0, metavar="SHARE", help="data.hold_out of the training: novel names")
     add("--shapes", action="store_true", help="with --compose: scenes of drawn shapes only, beside those of --sprites")
-    add("--count", type=_count, default=200, help="scenes of known names, of novel names, of drawn shapes, each")
+    add("--count", type=positive, default=200, help="scenes of known names, of novel names, of drawn shapes, each")
     add("--seed", type=int, default=FIRST_SEED, help="of the first scene")
     add("--size", type=_size, default=(400, 300), metavar="WxH", help="of the scenes [400x300]")
     add("--known-names", type=Path, metavar="FILE", help="names seen in training: JSON list, or one a line")
-    add("--out", type=Path, required=True, help="results file; predictions are kept beside it")
     add("--pictures", type=Path, metavar="DIR", help="write contact sheets of the worst and best cases")
-    add("--batch-size", type=_count, default=64, help="regions decoded at once")
     add("--no-references", action="store_true", help="leave out CIDEr-D and METEOR, which start Java")
-    add("--fresh", action="store_true", help="discard stored predictions")
-    add("--device", help="such as cpu or cuda:0")
-    add("--dtype", help="such as bfloat16")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -222,7 +249,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _file_sources(args: argparse.Namespace) -> list[FileSource]:
     least = 0.01 if args.min_area is None else args.min_area
-    return [FileSource(path, args.every, args.limit, least) for path in args.data]
+    return [FileSource(path, args.every, args.most, least) for path in args.data]
 
 
 def _composers(args: argparse.Namespace) -> tuple[SceneComposer | None, SceneComposer | None]:
@@ -265,23 +292,12 @@ def read_names(path: Path) -> list[str]:
     return [name.strip().lower() for name in names if name.strip()]
 
 
-def _report(finished: Run, out: Path) -> None:
-    """Print the tables and what is worth knowing beside them."""
-    results = finished.results
-    for source, groups in results["metrics"].items():
-        for title, shown in _columns(groups).items():
-            print(f"\n{source}{title}\n{metric_table(shown)}")
-    print()
-    for fault in results["faults"]:
-        print(f"NOT EVALUATED: {fault}")
-    for metric, reason in results["not_measured"].items():
-        print(f"not measured: {metric}: {reason}")
-    small = sum(prediction["left_out"] for prediction in finished.predictions)
-    print(f"{results['examples']} images, {results['regions']} regions; {small} regions left out as too small")
-    speed = results["speed"]
-    if speed["regions_per_second"] is not None:
-        print(f"{speed['examples_per_second']} images/s, {speed['regions_per_second']} regions/s")
-    print(f"wrote {out} and {predictions_path(out)}")
+def _tables(finished: Run) -> str:
+    return "\n".join(
+        f"\n{source}{title}\n{metric_table(shown)}"
+        for source, groups in finished.results["metrics"].items()
+        for title, shown in _columns(groups).items()
+    )
 
 
 def _columns(groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -295,18 +311,5 @@ def _columns(groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def cli() -> int:
-    """The command with its errors as messages; returns the exit status."""
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(cli(main))

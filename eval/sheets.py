@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tap_llm.errors import InputError
-from tap_llm.masks import decode_rle
-from tap_llm.visualize import draw_regions
 
-from .base import Prediction
-from .scene_sources import Picture, Source
+from .case_drawing import TILE, draw_case
+from .cases import Case, extremes
 
 CASES, COLUMNS = 12, 2
-TILE = 420  # width of one picture
 _HEADER = 22
 
 
-@dataclass(frozen=True)
-class _Case:
-    source: str
-    example: str
-    row: int
-    region: dict[str, Any]
-
-
-def write_sheets(folder: Path, sources: Sequence[Source], predictions: Sequence[Prediction]) -> list[Path]:
-    """Write four sheets per source: the worst and the best answers to boxes and to clicks, by IoU.
+def write_sheets(folder: Path, cases: Iterable[Case]) -> list[Path]:
+    """Write two sheets per group of cases: the worst and the best.
 
     Each case shows the true mask on the left, the predicted one with its prompt, name and caption on the right.
 
     Args:
         folder: where to; made if missing.
-        sources: of the predictions; pictures are read again.
-        predictions: of `Scenes`.
+        cases: of which the most extreme are shown.
 
     Returns:
         The files.
@@ -51,46 +37,27 @@ def write_sheets(folder: Path, sources: Sequence[Source], predictions: Sequence[
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--pictures: cannot make {folder} ({error.strerror})") from error
-    cases = [
-        _Case(prediction["source"], prediction["id"], row, region)
-        for prediction in predictions
-        for row, region in enumerate(prediction["regions"])
-    ]
-    places = {name: (source, index) for source in sources for index, name in enumerate(source.ids)}
     paths = []
-    for source in dict.fromkeys(case.source for case in cases):
-        ours = [case for case in cases if case.source == source]
-        for prompt in ("box", "click"):
-            ranked = sorted(ours, key=lambda case: case.region[prompt]["iou"])
-            for title, chosen in (("worst", ranked[:CASES]), ("best", ranked[::-1][:CASES])):
-                tiles = [_tile(*_find(places, case), case, prompt) for case in chosen]
-                paths.append(folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source)}_{prompt}_{title}.png")
+    for group in extremes(cases, CASES):
+        for title in ("worst", "best"):
+            tiles = [_tile(case) for case in group[title]]
+            if tiles:
+                paths.append(folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', group['group'])}_{title}.png")
                 contact_sheet(tiles, COLUMNS).save(paths[-1])
     return paths
 
 
-def _find(places: dict[str, tuple[Source, int]], case: _Case) -> tuple[Picture, np.ndarray]:
-    """A case's picture and true mask."""
-    source, index = places[case.example]
-    picture = source[index]
-    return picture, picture.masks[case.row]
-
-
-def _tile(picture: Picture, mask: np.ndarray, case: _Case, prompt: str) -> Image.Image:
-    """Truth and answer side by side under a line of text."""
-    answer, truth = case.region[prompt], case.region["truth"]
-    concept, score = answer["concepts"][0] if answer["concepts"] else ("", 0.0)
-    shown = {"mask": decode_rle(answer["mask"]), "region": answer["prompt"], "caption": answer["caption"]}
-    halves = [
-        draw_regions(picture.image, [{"mask": mask, "concept": truth["name"] or ""}]),
-        draw_regions(picture.image, [{**shown, "concept": concept, "concept_score": score}]),
-    ]
-    halves = [half.resize((TILE, round(half.height * TILE / half.width))) for half in halves]
-    tile = Image.new("RGB", (2 * TILE + 4, _HEADER + max(half.height for half in halves)), "white")
-    text = f"IoU {answer['iou']:.2f}   {truth['name'] or ''}   {case.example}"
+def _tile(case: Case) -> Image.Image:
+    """A case under a line of text; text alone where there is no picture."""
+    try:
+        picture = draw_case(case)
+    except InputError as error:
+        picture = Image.new("RGB", (2 * TILE, _HEADER), "white")
+        ImageDraw.Draw(picture).text((4, 3), str(error), fill="black", font=ImageFont.load_default(13))
+    tile = Image.new("RGB", (picture.width, _HEADER + picture.height), "white")
+    text = f"{case['score']:.2f}   {case['title']}"
     ImageDraw.Draw(tile).text((4, 3), text, fill="black", font=ImageFont.load_default(13))
-    for index, half in enumerate(halves):
-        tile.paste(half, (index * (TILE + 4), _HEADER))
+    tile.paste(picture, (0, _HEADER))
     return tile
 
 

@@ -16,7 +16,7 @@ def metric_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
         return "no regions"
     keys = dict.fromkeys(key for metrics in groups.values() for key in metrics)
     shown = [key for key in keys if any(metrics.get(key) is not None for metrics in groups.values())]
-    rows = [["", *groups], *([key, *(_cell(metrics.get(key)) for metrics in groups.values())] for key in shown)]
+    rows = [["", *groups], *([key, *(cell(metrics.get(key)) for metrics in groups.values())] for key in shown)]
     return aligned(rows)
 
 
@@ -40,7 +40,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A number as text: three decimals, "-" for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ from typing import Any
 Tokens = Mapping[str, Sequence[str]]  # by key texts whose words are separated by spaces
 Part = tuple[Tokens, Tokens]  # captions, one for each key, and references
 
-SECONDS, SECONDS_PER_TEXT = 120.0, 0.02  # how long Java may take
+SECONDS, SECONDS_PER_TEXT = 900.0, 0.05  # how long Java may take; METEOR alone loads for minutes on a busy machine
 _WORKER = Path(__file__).with_name("java_worker.py")
 
 
@@ -41,10 +41,7 @@ def tokenize(texts: Sequence[str]) -> list[str]:
     """
     # An empty line could shift all that follow; a lone full stop is dropped by the tokenizer.
     lines = [" ".join(text.split()) or "." for text in texts]
-    found = _ask("tokenize", lines, len(lines))
-    if len(found) != len(lines):
-        raise RuntimeError(f"the PTB tokenizer failed: it returned {len(found)} lines for {len(lines)}")
-    return list(found)
+    return list(_ask("tokenize", lines, len(lines)))
 
 
 def meteor(parts: Sequence[Part]) -> list[float]:
@@ -105,8 +102,8 @@ def _ask(task: str, question: Any, texts: int) -> Any:
             finally:
                 _end(process)
         if not answered.is_file():
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise RuntimeError(f"{task} failed: {said[-1] if said else f'exit status {process.returncode}'}")
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-2:]
+            raise RuntimeError(f"{task} failed: {'; '.join(said) or f'exit status {process.returncode}'}")
         return json.loads(answered.read_text(encoding="utf-8"))
 
 

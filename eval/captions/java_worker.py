@@ -17,7 +17,10 @@ def tokenize(lines: list[str]) -> list[str]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     found = PTBTokenizer().tokenize({"all": [{"caption": line} for line in lines]}) if lines else {}
-    return list(found.get("all", ()))
+    words = list(found.get("all", ()))
+    if len(words) != len(lines):
+        raise RuntimeError(f"{len(words)} lines came back for {len(lines)}")
+    return words
 
 
 def meteor(parts: list[Any]) -> list[float]:
@@ -53,9 +56,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-        status = 0
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        status = 1
-    sys.stderr.flush()
-    os._exit(status)  # Meteor's end would wait for a lock that a failure leaves taken
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a Meteor that has failed would wait for a lock of its own while it is cleared away

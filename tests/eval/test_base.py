@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from made_up_benchmark import MODEL as SINE
+from made_up_benchmark import Sines
 
 from eval.base import Benchmark, Example, Scores, describe_model, describe_modules, fingerprint, predictions_path, run
 from eval.provenance import hash_tensors
@@ -65,6 +67,10 @@ def out(tmp_path):
     return tmp_path / "out" / "results.json"
 
 
+def run_sines(out, benchmark=None, **options):
+    return run(benchmark or Sines(), out, SINE, report=lambda line: None, progress=False, **options)
+
+
 def test_results_file(go, out):
     finished = go(Squares([1, 2, 3]), command=["--x"])
     results = json.loads(out.read_text())
@@ -113,7 +119,8 @@ def test_finished_run_is_only_scored_again(go):
     second = go(again).results
     assert again.asked == []
     assert second["metrics"] == first["metrics"]
-    assert second["speed"] == {"examples_per_second": None, "numbers_per_second": None}
+    nothing = {"examples_per_second": None, "numbers_per_second": None}
+    assert second["speed"] == {**nothing, "per_process": nothing}
 
 
 def test_changed_example_is_predicted_anew(go):
@@ -154,6 +161,66 @@ def test_nothing_to_evaluate(go, numbers, message):
         go(Squares(numbers))
 
 
+def test_failed_predictions_are_named_and_scored(out):
+    finished = run_sines(out)
+    results = finished.results
+    assert results["faults"] == ["number 4 is damaged", "9: below zero"]
+    assert [results[key] for key in ("examples", "examples_unusable", "numbers")] == [22, 1, 21]
+    [failed] = [prediction for prediction in finished.predictions if "fault" in prediction]
+    assert failed == {"number": -1.0, "fault": "below zero", "id": "9"}
+    assert results["metrics"]["numbers"] == pytest.approx(sum(0.1 * n for n in range(23)) - 0.4 - 0.9 - 1)
+
+
+def test_failed_predictions_are_tried_again(out):
+    run_sines(out, batch_size=4)
+    again = Sines()
+    run_sines(out, again)
+    assert again.asked == [["9"]]
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 50])
+def test_metrics_do_not_depend_on_batches(tmp_path, batch_size):
+    whole, batched = run_sines(tmp_path / "1.json"), run_sines(tmp_path / "2.json", batch_size=batch_size)
+    assert batched.results["metrics"] == whole.results["metrics"]
+    assert batched.predictions == whole.predictions
+    assert predictions_path(tmp_path / "1.json").read_bytes() == predictions_path(tmp_path / "2.json").read_bytes()
+
+
+def test_batches_are_asked_at_once_and_the_failing_one_is_found(out):
+    benchmark = Sines()
+    run_sines(out, benchmark, batch_size=4)
+    assert benchmark.asked[:3] == [["0", "1", "2", "3"], ["5", "6", "7"], ["8", "9", "10", "11"]]
+    assert benchmark.asked[3:7] == [["8"], ["9"], ["10"], ["11"]]
+    assert benchmark.asked[7] == ["12", "13", "14", "15"]
+
+
+def test_limit(out):
+    whole = run_sines(out)
+    few = Sines()
+    limited = run_sines(out, few, limit=7)
+    assert (few.asked, limited.results["examples"], limited.results["limit"]) == ([], 6, 7)
+    assert run_sines(out).predictions == whole.predictions  # the others are still there
+
+
+def test_second_use_of_an_id_is_a_fault(go):
+    class Twice(Squares):
+        def __getitem__(self, index):
+            return super().__getitem__(0 if index == 2 else index)
+
+    results = go(Twice([1, 2, 3])).results
+    assert results["faults"] == ["0: this id is used twice; example 2 does not count"]
+    assert (results["examples"], results["examples_unusable"]) == (2, 1)
+    assert results["metrics"]["mean"] == 2.5
+
+
+def test_faults_of_scores_are_kept(go):
+    class Picky(Squares):
+        def score(self, predictions):
+            return Scores({}, faults=["region 3 of 0: empty mask"])
+
+    assert go(Picky([1, None])).results["faults"] == ["number 1 is damaged", "region 3 of 0: empty mask"]
+
+
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
@@ -189,3 +256,13 @@ def test_models_are_told_apart_by_weights(pipe, make_pipe):
     assert ours["concepts"] == len(pipe.concepts)
     assert ours["parameters"] == sum(parameter.numel() for parameter in pipe.model.parameters())
     assert describe_model(make_pipe(words=False), "x")["concepts_sha256"] is None
+
+
+def test_models_of_several_modules():
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, dtype=torch.float16)
+    both, turned = describe_modules("pair", first, second), describe_modules("pair", second, first)
+    assert (both["parameters"], both["dtype"], turned["dtype"]) == (16, "float32", "float16")
+    assert both["device"] == "cpu" and both["name"] == "pair"
+    assert len({both["sha256"], turned["sha256"], describe_modules("pair", first)["sha256"]}) == 3
+    assert describe_modules("one", first)["sha256"] == hash_tensors(first.state_dict())

@@ -16,7 +16,8 @@ from eval import region_chat
 from eval.base import run
 from eval.chat_model import ChatModel, Reading
 from eval.chat_scores import CONDITIONS, GROUPS, score_answers
-from eval.region_chat import FIRST_SEED, RegionChat, chat_table, cli, controls, main, questions_of
+from eval.command import cli
+from eval.region_chat import FIRST_SEED, RegionChat, chat_table, controls, main, questions_of
 from eval.talk_sources import TalkSource, picture_of, shuffled
 from tap_llm.data.instruction_kinds import KINDS
 from tap_llm.data.instructions import InstructionSamples
@@ -48,7 +49,7 @@ def made_up_features(image: Any, count: int) -> RegionFeatures:
 class Fake:
     """Knows the answers by question and features; else says something wrong. Stands in for [`ChatModel`]."""
 
-    max_new_tokens = 8
+    max_new_tokens, concepts = 8, ("circle",)
 
     def __init__(self, source: TalkSource, constant: str | None = None) -> None:
         self.constant, self.read_pictures, self.calls = constant, 0, 0
@@ -74,7 +75,7 @@ class Fake:
 
 def predictions(source: TalkSource, fake: Fake) -> tuple[RegionChat, list[dict[str, Any]]]:
     benchmark = RegionChat(fake, [source])  # type: ignore[arg-type]
-    return benchmark, [benchmark.predict(talk) for talk in source]
+    return benchmark, [benchmark.truth(talk) | benchmark.predict(talk) | {"id": talk.id} for talk in source]
 
 
 def test_right_answers_need_the_right_regions(source: TalkSource) -> None:
@@ -200,9 +201,35 @@ def test_scores_by_hand() -> None:
 
 def test_without_concepts_names_have_no_ratio(source: TalkSource) -> None:
     benchmark = RegionChat(SimpleNamespace(max_new_tokens=8), [source])  # type: ignore[arg-type]
-    scores = benchmark.score([{"source": "shapes", "regions": 3, "questions": [row("name", "a ring", "a ring")]}])
+    asked = {"questions": [{**row("name", "a ring", "a ring"), "asked": "What is region 1?"}]}
+    scores = benchmark.score([{"id": "1", "source": "shapes", "regions": 1, "names": ["ring"], **asked}])
+    [case] = scores.cases
+    assert (case["score"], case["text"]) == (1.0, "right: What is region 1? a ring")
     assert scores.metrics["shapes"]["groups"]["names"]["ratio"] is None
     assert "--concepts" in scores.not_measured["names/concept_accuracy"]
+
+
+def test_a_scene_that_fails_counts_as_wrong(source: TalkSource, tmp_path: Path) -> None:
+    fake = Fake(source)
+    read = fake.read
+
+    def fails_once(image: Any, regions: Any) -> Reading:
+        if fake.read_pictures == 4:
+            fake.read_pictures = 99
+            raise InputError("out of order")
+        return read(image, regions)
+
+    fake.read = fails_once  # type: ignore[method-assign]
+    finished = run(RegionChat(fake, [source]), tmp_path / "r.json", {"name": "fake"}, report=lambda line: None)  # type: ignore[arg-type]
+    assert finished is not None
+    [fault] = finished.results["faults"]
+    wrong = [prediction for prediction in finished.predictions if "fault" in prediction]
+    assert fault == f"{wrong[0]['id']}: out of order" and len(wrong) == 1
+    asked = [len(prediction["questions"]) for prediction in finished.predictions]
+    right = 1 - len(wrong[0]["questions"]) / sum(asked)
+    groups = finished.results["metrics"]["shapes"]["groups"].values()
+    assert sum(group["exact"] * group["questions"] for group in groups) / sum(asked) == pytest.approx(right)
+    assert finished.results["examples"] == COUNT
 
 
 # The real thing
@@ -293,7 +320,6 @@ def test_stored_predictions_are_of_the_same_questions(source: TalkSource, tmp_pa
     ("arguments", "message"),
     [
         ([], "nothing to ask about: give --sprites"),
-        (["--shapes", "--talks", "0"], "--talks must be at least 1, got 0"),
         (["--shapes", "--model", "absent"], "absent"),
         (["--sprites", "absent"], "there is no folder absent"),
     ],
@@ -302,7 +328,7 @@ def test_bad_input_is_one_message(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(region_chat.sys, "argv", ["region_chat", *arguments, "--out", str(tmp_path / "r.json")])
-    assert cli() == 2
+    assert cli(main) == 2
     assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="is a folder"):
         main([*arguments, "--shapes", "--out", str(tmp_path)])

@@ -78,11 +78,22 @@ def test_fingerprint_follows_pixels_and_masks(tmp_path):
     assert FileSource(path)[1].fingerprint != before[1]
 
 
-def test_missing_picture_is_named(tmp_path):
+def test_regions_of_a_missing_picture_are_known(tmp_path):
     path = write_coco(tmp_path)
     (tmp_path / "3.png").unlink()
-    with pytest.raises(InputError, match=r"boxes/image 3: .*3\.png"):
-        FileSource(path)[3]
+    picture = FileSource(path)[3]
+    assert picture.masks.sum() == 64
+    with pytest.raises(InputError, match=r"there is no file .*3\.png"):
+        picture.load()
+
+
+def test_broken_record_is_named(tmp_path):
+    path = write_coco(tmp_path)
+    document = json.loads(path.read_text())
+    document["annotations"][0]["segmentation"] = {"size": [19, 30], "counts": [0, 570]}
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"boxes/image 0: .*19"):
+        FileSource(path)[0]
 
 
 def test_scenes_are_what_the_composer_makes():

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.base import describe_model, run
+from eval.base import cases_path, describe_model, run
+from eval.command import cli
 from eval.overlap import iou
 from eval.scene_scores import SceneScores
-from eval.scene_sources import SceneSource
-from eval.scenes import CLICKS, Scenes, cli, main, read_names
+from eval.scene_sources import FileSource, SceneSource
+from eval.scenes import CLICKS, Scenes, main, read_names
 from eval.sheets import CASES, contact_sheet
 from tap_llm.data.scenes import SceneComposer
 from tap_llm.data.sprites import SpriteLibrary
@@ -128,9 +129,9 @@ def test_clicks_go_where_the_mask_is_wrong(source):
 def test_picture_without_regions_is_not_encoded(source):
     nothing = SceneSource("shapes", "drawn", SceneComposer(), 1, seed=5, size=SIZE, least_area=0.99)
     oracle = Oracle([])
-    prediction = Scenes(oracle, [nothing], SceneScores(None)).predict(nothing[0])
-    assert (prediction["regions"], oracle.encoded) == ([], 0)
-    assert prediction["left_out"] > 0
+    scenes = Scenes(oracle, [nothing], SceneScores(None))
+    assert (scenes.predict(nothing[0]), oracle.encoded) == ({"regions": []}, 0)
+    assert scenes.truth(nothing[0])["left_out"] > 0
 
 
 def test_resume_gives_the_same_results(pipe, source, tmp_path, monkeypatch):
@@ -150,6 +151,38 @@ def test_resume_gives_the_same_results(pipe, source, tmp_path, monkeypatch):
         run(stopped, out, describe_model(pipe, "tiny"), fresh=True, **options)
     resumed = run(benchmark(pipe, source), out, describe_model(pipe, "tiny"), **options).results
     assert {**resumed, "speed": 0} == {**whole, "speed": 0}
+
+
+def test_missing_picture_counts_as_wrong(pipe, tmp_path):
+    """Regions of a picture that is not there have an IoU of 0 and a name that is not theirs."""
+    square = [[2, 3, 20, 3, 20, 18, 2, 18]]
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 20, "width": 30} for i in range(3)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "segmentation": square} for i in range(3)],
+        "categories": [{"id": 1, "name": "Star"}],
+    }
+    document["annotations"][2]["segmentation"] = {"size": [9, 9], "counts": [0, 81]}
+    (tmp_path / "boxes.json").write_text(json.dumps(document))
+    for number in (0, 2):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{number}.png")
+    source = FileSource(tmp_path / "boxes.json")
+    options = {"report": lambda line: None, "progress": False}
+    finished = run(benchmark(pipe, source), tmp_path / "r.json", describe_model(pipe, "tiny"), **options)
+    results, [found, missing] = finished.results, finished.predictions
+    assert [results[key] for key in ("examples", "examples_unusable", "regions")] == [2, 1, 1]
+    assert "image 1: image: there is no file" in results["faults"][0] and "9x9" in results["faults"][1]
+    assert missing["fault"] and missing["regions"][0]["click_ious"] == [0] * CLICKS
+    [metrics] = [groups["all"] for groups in results["metrics"].values()]
+    assert metrics["regions"] == 2
+    assert metrics["box_miou"] == pytest.approx(found["regions"][0]["box"]["iou"] / 2, abs=1e-6)
+    assert metrics["box_concept_top5"] in (0, 0.5)
+    by_title = {case["title"].split("/")[-1]: case for group in drawn_cases(tmp_path / "r.json") for case in group}
+    assert by_title["image 0: star"]["image"] == str(tmp_path / "0.png")
+    assert "no answer: image: there is no file" in by_title["image 1: star"]["text"]
+
+
+def drawn_cases(out):
+    return [[*group["worst"], *group["best"]] for group in json.loads(cases_path(out).read_text())]
 
 
 @pytest.mark.filterwarnings("ignore:(names|captions) stay empty")
@@ -193,8 +226,8 @@ def test_command_on_composed_scenes(model_folder, sprites, tmp_path, capsys, mon
     main(typed)
     results = json.loads(out.read_text())
     assert set(results) == {
-        "protocol", "command", "metrics", "not_measured", "examples", "regions", "faults", "model", "data", "settings",
-        "speed", "versions",
+        "protocol", "command", "metrics", "not_measured", "examples", "examples_unusable", "regions", "faults", "model",
+        "data", "settings", "limit", "processes", "speed", "versions",
     }  # fmt: skip
     assert (results["protocol"], results["examples"], results["faults"]) == ("scenes-v1", 6, [])
     assert results["command"] == typed
@@ -247,7 +280,7 @@ def test_hold_out_is_that_of_training(model_folder, sprites, tmp_path):
 def test_bad_input_is_one_message(model_folder, tmp_path, capsys, monkeypatch, more, message):
     typed = ["eval.scenes", *arguments(model_folder, tmp_path / "r.json", *more)]
     monkeypatch.setattr("sys.argv", typed)
-    assert cli() == 2
+    assert cli(main) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
 
