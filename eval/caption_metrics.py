@@ -91,9 +91,9 @@ def score_tokens(
         for members in keys.values()
     }
     scores, not_measured, each = {}, {}, {}
+    prefix = "" if official else UNOFFICIAL
     for members, part in distinct.items():
         values, each[members] = (java.ngram_scores if official else _python_scores)(*part)
-        prefix = "" if official else UNOFFICIAL
         scores[members] = {prefix + metric: values[metric] for metric in metrics if metric in values}
     for metric in [name for name in _JAVA_METRICS if name in metrics and official]:
         try:
@@ -101,8 +101,9 @@ def score_tokens(
                 scores[members][metric] = value
         except RuntimeError as error:
             not_measured[metric] = str(error)
+    named = {name: [(prefix + metric, scores[members]) for metric in metrics] for name, members in keys.items()}
+    found = {name: {key: values[key] for key, values in rows if key in values} for name, rows in named.items()}
     whole = keys.get(WHOLE, ())
-    found = {name: dict(scores[members]) for name, members in keys.items()}
     return CaptionScores(found, not_measured, dict(zip(whole, each.get(whole, ()), strict=False)))
 
 

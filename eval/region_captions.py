@@ -6,7 +6,6 @@ stay among those that CIDEr-D takes document frequencies from.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,16 @@ from tap_llm.pipelines import RegionPipeline
 from tap_llm.regions import Region, parse_region, read_mask
 from tap_llm.tap.tokenization import NO_TOKENIZER_MESSAGE
 
-from .answerers import ChatAnswerer, chat_arguments, chats, load_chat
-from .base import Prediction, Run, Scores, describe_model
+from .answerers import chat_arguments, load_answerer
+from .base import Prediction, Run, Scores
 from .caption_metrics import METRICS, WHOLE, score_captions
 from .caption_records import CaptionPictures, CaptionProtocol
-from .command import benchmark_parser, common_arguments, evaluate, finish, load_pipeline, parse, positive
+from .command import benchmark_parser, common_arguments, evaluate, finish, parse, positive
 from .inquiries import Record
 from .prompting import EncodedPictures
 from .questions import Answerer, Question, RegionQuestions, answers_of
 
 LONGEST = 38  # new tokens: with the semantic token and the begin of the text, TAP's 40 positions
-PROMPTS = 256  # regions that TAP's evaluation decodes at once
 _NO_REFERENCE = "none"  # for a region without; its caption counts as empty, so nothing can match
 
 
@@ -67,6 +65,10 @@ class RegionCaptions(RegionQuestions):
         except InputError as error:
             return Question(problem=item["problem"] or f"{item['where']}: {error}")
         return Question([region], [self.how.question[0], 0, self.how.question[1]], item["problem"])
+
+    def settings(self) -> dict[str, Any]:
+        question = "<region>".join(self.how.question)
+        return {**super().settings(), "prompt": self.how.prompt, "question_for_chat": question}
 
     def facts(self, record: Record) -> Prediction:
         return {"regions": [{key: item[key] for key in ("key", "references")} for item in record.get("items", [])]}
@@ -115,7 +117,7 @@ class TapCaptioner:
         MissingFileError: without a tokenizer.
     """
 
-    def __init__(self, pipe: RegionPipeline, batch_size: int = PROMPTS, max_new_tokens: int = LONGEST) -> None:
+    def __init__(self, pipe: RegionPipeline, batch_size: int = 64, max_new_tokens: int = LONGEST) -> None:
         if not pipe.can_caption:
             raise MissingFileError(NO_TOKENIZER_MESSAGE)
         text: Any = pipe.model.config.text_config
@@ -188,24 +190,10 @@ def caption_command(
     add("--protocol", choices=list(protocols), default=default, help=f"what the file is [{default}]")
     add("--pictures", type=positive, default=8, metavar="N", help="pictures encoded at once [8]")
     add("--spice", action="store_true", help="also SPICE: slow, and downloads a parser at its first use")
-    parser.set_defaults(batch_size=PROMPTS)
     args = parse(parser, arguments)
     protocol = protocols[args.protocol]
     pictures = CaptionPictures(args.data, args.images, protocol)
-    answerer, model = load_captioner(args)
+    answerer, model = load_answerer(args, lambda pipe: TapCaptioner(pipe, args.batch_size, args.max_new_tokens))
     metrics = [*METRICS, "spice"] if args.spice else METRICS
     benchmark = RegionCaptions(protocol, pictures, answerer, metrics)
     return finish(evaluate(benchmark, args, model, args.pictures), args)
-
-
-def load_captioner(args: argparse.Namespace) -> tuple[Answerer, dict[str, Any]]:
-    """The model of the command line, whether it chats or not, and its description.
-
-    Raises:
-        InputError: it cannot be used.
-    """
-    if chats(args.model):
-        chat = load_chat(args)
-        return ChatAnswerer(chat), describe_model(chat, args.model)
-    pipe = load_pipeline(args)
-    return TapCaptioner(pipe, args.batch_size, args.max_new_tokens), describe_model(pipe, args.model)

@@ -30,7 +30,7 @@ from .command import cli, positive
 from .tables import cell
 
 SHOWN = 8
-_COLOURS = 256
+_COLOURS, _SAMPLE = 256, 160
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222; }
 div.wide { overflow-x: auto; }
@@ -215,8 +215,9 @@ def png(case: Case) -> str:
     Raises:
         InputError: it cannot be drawn.
     """
-    packed = io.BytesIO()
-    draw_case(case).quantize(_COLOURS, Image.Quantize.FASTOCTREE).save(packed, "PNG", optimize=True)
+    drawn, packed = draw_case(case), io.BytesIO()
+    colours = drawn.resize((_SAMPLE, _SAMPLE)).quantize(_COLOURS)  # of the whole picture it would take long
+    drawn.quantize(palette=colours, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_quiet import quiet
-from .cli_regions import REGION_OPTIONS, BoxOption, MaskOption, PointOption, check_inputs, given_regions, parse_option
+from .cli_regions import (
+    REGION_OPTIONS,
+    BoxOption,
+    MaskOption,
+    PointOption,
+    RegionsOption,
+    check_inputs,
+    given_regions,
+    parse_option,
+    region_text,
+)
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +46,7 @@ def chat(
     box: BoxOption = None,
     point: PointOption = None,
     mask: MaskOption = None,
+    regions: RegionsOption = None,
     model: Annotated[
         str, typer.Option(metavar="NAME", help="Folder of an adapter or of a whole model, hub id, or bundled name.")
     ] = "tap-tiny-chat",
@@ -62,8 +73,10 @@ def chat(
     """
     if as_json and question is None:
         raise InputError("--json prints one answer: give a question")
-    regions = given_regions(ctx, box, point, mask)
-    check_inputs(image, regions)
+    if question is None and "-" in (regions or []):
+        raise InputError("--regions - takes up the standard input: give a question, or a file")
+    given = given_regions(ctx, box, point, mask, regions)
+    check_inputs(image, given)
     if chat_template is not None:
         from .region_llm.templates import load_template
 
@@ -75,13 +88,13 @@ def chat(
     loaded = load_chat_model(model, device, dtype, tap=tap, llm=llm, four_bit=four_bit)
     session = ChatSession(*loaded, chat_template=chat_template, max_new_tokens=max_new_tokens)
     session.add_image(image)
-    for region in regions:
+    for region in given:
         session.add_region(region)
     if question is not None:
-        _answer_once(session, question, regions, as_json)
+        _answer_once(session, question, given, as_json)
         return
     print("ask about the picture; /help lists commands", file=sys.stderr)
-    for number, region in enumerate(regions, 1):
+    for number, region in enumerate(given, 1):
         _announce(number, region)
     _interact(session, _lines())
 
@@ -176,9 +189,4 @@ def _save(session: ChatSession, value: str) -> None:
 
 def _announce(number: int, region: dict[str, Any]) -> None:
     """Print what a region is called, such as `region 1: <box 40,30,300,280>`."""
-    points = region.get("points", [])
-    rows = [[*xy, *([] if label else [0])] for xy, label in zip(points, region.get("labels", []), strict=True)]
-    values = {"box": [region.get("box", [])], "points": rows}
-    kind = next(key for key in ("box", "points", "mask") if key in region)
-    text = region["mask"] if kind == "mask" else " ".join(",".join(map(str, row)) for row in values[kind])
-    print(f"region {number}: <{kind.removesuffix('s')} {text}>")
+    print(f"region {number}: <{region_text(region)}>")

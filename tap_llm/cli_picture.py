@@ -43,3 +43,24 @@ def save_picture(picture: Any, target: Path, way_out: str = "choose another form
         raise InputError(f"cannot write the picture {target} ({reason}); {way_out}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def picture_path(image: Path, out: Path | None, as_json: bool, suffix: str) -> Path | None:
+    """Where the picture goes, checked before any work; None for JSON without --out.
+
+    Args:
+        image: the picture that is asked about.
+        out: the file that the user named.
+        as_json: nothing is written where the user named none.
+        suffix: such as ".tap.png", takes the place of the picture's own.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    if out is None and as_json:
+        return None
+    target = out if out is not None else image.parent / f"{image.stem}{suffix}"
+    check_target(target, f"--out {target}", given=out is not None)
+    if target.exists() and image.exists() and target.samefile(image):
+        raise InputError(f"--out {target} would overwrite the picture itself; choose another name")
+    return target

@@ -1,8 +1,10 @@
-"""Regions on the command line: `--box`, `--point` and `--mask`, in the order in which they were given."""
+"""Regions on the command line: `--box`, `--point`, `--mask` and `--regions`, in the order in which they were given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,12 @@ PointOption = Annotated[
 MaskOption = Annotated[
     list[str] | None, typer.Option(metavar="FILE", help="Region: mask image of the picture's size. Repeatable.")
 ]
+RegionsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Regions: JSON of find or describe, or a list; - reads it from stdin."),
+]
+_OPTIONS = (*REGION_OPTIONS, "regions")
+_FORMS = ("box", "points", "sketch", "mask")
 
 
 class OrderedCommand(TyperCommand):
@@ -29,20 +37,70 @@ class OrderedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Called by typer."""
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta["regions"] = [param.name for param in order if param.name in REGION_OPTIONS]
+        ctx.meta["regions"] = [param.name for param in order if param.name in _OPTIONS]
         return super().parse_args(ctx, args)
 
 
 def given_regions(
-    ctx: typer.Context, box: Sequence[str] | None, point: Sequence[str] | None, mask: Sequence[str] | None
+    ctx: typer.Context,
+    box: Sequence[str] | None,
+    point: Sequence[str] | None,
+    mask: Sequence[str] | None,
+    regions: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Region dicts in the order of the command line, whatever their kind; needs an [`OrderedCommand`].
 
     Raises:
         InputError: an option that cannot be read.
     """
-    queues = {"box": iter(box or []), "point": iter(point or []), "mask": iter(mask or [])}
-    return [parse_option(kind, next(queues[kind])) for kind in ctx.meta["regions"]]
+    values = {"box": box, "point": point, "mask": mask, "regions": regions}
+    queues = {kind: iter(given or []) for kind, given in values.items()}
+    found: list[dict[str, Any]] = []
+    for kind in ctx.meta["regions"]:
+        text = next(queues[kind])
+        found += read_regions(text) if kind == "regions" else [parse_option(kind, text)]
+    return found
+
+
+def read_regions(file: str) -> list[Any]:
+    """Regions of a JSON file: a list of regions or of the results of `describe --json`, or what `find --json` prints.
+
+    They are not checked yet.
+
+    Args:
+        file: its name; "-" for the standard input.
+
+    Raises:
+        InputError: there is no such file, it holds something else, or no region.
+    """
+    name = f"--regions {file}"
+    try:
+        value = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{name}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: this is no JSON file ({error})") from None
+    rows = value.get("regions") if isinstance(value, Mapping) else value
+    if not isinstance(rows, list):
+        raise InputError(f'{name}: expected a list of regions such as [{{"box": [x0, y0, x1, y1]}}]')
+    if not rows:
+        raise InputError(f"{name}: there is no region in it; was anything found?")
+    return [row["region"] if isinstance(row, Mapping) and "region" in row else row for row in rows]
+
+
+def region_text(region: Mapping[str, Any]) -> str:
+    """A region in a few characters, such as `box 40,30,300,280` or `mask a dog`."""
+    kind = next(key for key in _FORMS if region.get(key) is not None)
+    value = region[kind]
+    if kind == "box":
+        text = ",".join(map(str, value))
+    elif kind == "mask":
+        text = value if isinstance(value, str) else str(region.get("category") or "")
+    else:
+        labels = region.get("labels") or [1] * len(value)
+        rows = [[*point, *([] if label else [0])] for point, label in zip(value, labels, strict=True)]
+        text = " ".join(",".join(map(str, row)) for row in rows)
+    return f"{kind.removesuffix('s')} {text}".rstrip()
 
 
 def parse_option(kind: str, text: str) -> dict[str, Any]:

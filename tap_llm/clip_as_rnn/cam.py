@@ -24,7 +24,7 @@ from ..data.crops import CropSettings, normalise_pixels
 from .affinity import attention_affinity
 
 AFFINITY_BLOCKS = 8
-_BATCH_VALUES = 2**26  # attention values of one batch of gradients on an accelerator
+_BATCH_VALUES = 2**24  # attention values of one batch of gradients on an accelerator
 
 
 @dataclass(eq=False)

@@ -33,8 +33,8 @@ def split_mask(mask: BoolArray, min_share: float = 0.05, max_parts: int = 10) ->
     for index in np.argsort(-areas, kind="stable")[:max_parts]:
         if areas[index] >= min_share * areas.sum():
             rows, columns = places[index]
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            parts.append(TightMask(box, labels[rows, columns] == index + 1).shifted(x0, y0))
+            place = (columns.start, rows.start, columns.stop, rows.stop)
+            parts.append(TightMask(place, labels[rows, columns] == index + 1).shifted(x0, y0))
     return parts
 
 

@@ -1,14 +1,15 @@
 """CaR: finds what texts name in a picture, without training (arXiv:2312.07661).
 
-car = ClipAsRnn.from_pretrained("default")
-found = car("photo.jpg", ["a dog", "the red kite"])
-found.regions()
+    car = ClipAsRnn.from_pretrained("default")
+    found = car("photo.jpg", ["a dog", "the red kite"])
+    found.regions()
+
+To ask several times, `encoded = car.encode("photo.jpg")` runs f once: pass it in place of the picture.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,18 +28,19 @@ from .cam import encode_patches, patch_pixels
 from .classifier import embed_pictures
 from .configuration_car import CarConfig, Mode
 from .loading import Clip, eager_float32, find_config, load_clip
-from .merging import merge_expressions
-from .notes import checked_queries, free_background, remarks
-from .outputs import CarOutput, Float32Array, paint_labels
-from .passes import FoundMasks, Pass, join_passes, plan_passes
+from .notes import checked_queries
+from .outputs import CarOutput, Float32Array
+from .pair_texts import PairTexts
+from .passes import FoundMasks, Pass, assemble, plan_passes
 from .picture import CarImage, is_one_colour, shrunk_pixels
 from .postprocess import drop_large, refined_masks
 from .recurrence import Alive, RecurrentUnit
-from .text import PassTexts, TextEmbeddings, TextEncoder, shorten
+from .text import PassTexts, TextEmbeddings, TextEncoder
 
 _FIXED = ("f", "g")  # what a call cannot change
 _FIXED_BY_ENCODING = ("max_side", "f_max_side")
 _BARS_FROM = 50  # queries
+ONE_COLOUR = "the picture is of one colour: there is nothing to find in it"
 
 
 class ClipAsRnn:
@@ -59,9 +61,8 @@ class ClipAsRnn:
         shared = self._source_f.model is self._source_g.model
         self.g = self._source_g.model.eval().requires_grad_(False)
         self.f = eager_float32(f.model).eval().requires_grad_(False)
-        self._warned: set[str] = set()
-        self._texts_f = TextEncoder(self.f, f.tokenizer)
-        self._texts_g = self._texts_f if shared else TextEncoder(self.g, self._source_g.tokenizer)
+        texts_f = TextEncoder(self.f, f.tokenizer)
+        self._texts = PairTexts(texts_f, texts_f if shared else TextEncoder(self.g, self._source_g.tokenizer))
 
     @classmethod
     @torch.inference_mode(False)
@@ -115,8 +116,7 @@ class ClipAsRnn:
 
     def forget_texts(self) -> None:
         """Empty the memory of embedded texts; it fills again by itself."""
-        self._texts_f.forget()
-        self._texts_g.forget()
+        self._texts.forget()
 
     @torch.inference_mode(False)
     def encode(self, image: Any, **options: Any) -> CarImage:
@@ -172,14 +172,16 @@ class ClipAsRnn:
         names = checked_queries(queries)
         encoded = image if isinstance(image, CarImage) else None
         picture = encoded.image if encoded else upright(image)
+        size = picture.height, picture.width
         if is_one_colour(picture, config.min_contrast):
-            return _output(names, [], picture, config, ["the picture is of one colour: there is nothing to find in it"])
+            return assemble(names, [], size, config.mode, [ONE_COLOUR])
         sizes = {name: getattr(config, name) for name in _FIXED_BY_ENCODING}
         encoded = encoded or self.encode(image, **sizes)
         bars = len(names) >= _BARS_FROM and sys.stderr.isatty() if progress is None else progress
-        texts, notes = self._embed(names, text_embeddings, config, bars)
+        given, notes = self._texts.prepare(names, text_embeddings, config, bars)
+        texts = self._prepare_texts(given, len(names), config)
         found = [self._find(encoded, part, texts, config, bars, notes) for part in plan_passes(names, config)]
-        return _output(names, found, picture, config, notes)
+        return assemble(names, found, size, config.mode, notes)
 
     def _call_config(
         self, image: Any, mode: Mode | None, background: Sequence[str] | None, options: dict[str, Any]
@@ -193,44 +195,12 @@ class ClipAsRnn:
         given = {"mode": mode, "background": background}
         return self.config.updated(**options, **{name: value for name, value in given.items() if value is not None})
 
-    def _embed(
-        self, queries: list[str], given: TextEmbeddings | None, config: CarConfig, progress: bool
-    ) -> tuple[PassTexts, list[str]]:
-        """Embeddings of all queries, and what to know about them."""
-        words, left_out = free_background(config, queries)
-        notes = remarks(queries, config, left_out)
-        if given is None:
-            notes += self._long_queries(queries, config)
-            given = self._embed_texts(queries, words, config, progress)
+    def _prepare_texts(self, given: TextEmbeddings, count: int, config: CarConfig) -> PassTexts:
         widths = self.f.config.projection_dim, self.g.config.projection_dim
-        texts = given.prepared(len(queries), *widths, self.device)
+        texts = given.prepared(count, *widths, self.device)
         if config.g_background and texts.g_background is None:
             raise InputError("g_background=True needs text_embeddings with g_background")
-        return texts, notes
-
-    def _long_queries(self, queries: list[str], config: CarConfig) -> list[str]:
-        """A note about queries that CLIP does not read to their end; a warning too, the first time."""
-        pairs = (self._texts_f, config.f_templates), (self._texts_g, config.g_templates)
-        long = {query: encoder.limit for encoder, templates in pairs for query in encoder.too_long(queries, templates)}
-        notes = [
-            f"the query {shorten(query)!r} is longer than the {limit} tokens that CLIP reads: the rest is ignored"
-            for query, limit in long.items()
-        ]
-        for note in sorted({*notes} - self._warned):
-            warnings.warn(note, stacklevel=2)
-        self._warned.update(notes)
-        return notes
-
-    def _embed_texts(self, queries: list[str], words: list[str], config: CarConfig, progress: bool) -> TextEmbeddings:
-        raw = config.compat.first_step_raw
-        rivals = config.g_background
-        return TextEmbeddings(
-            queries=self._texts_f.embed_mean(queries, config.f_templates, progress),
-            background=self._texts_f.embed_mean(words, config.f_templates),
-            g_queries=self._texts_g.embed(queries, config.g_templates, progress),
-            g_background=self._texts_g.embed(words, config.g_templates) if rivals else None,
-            first_step=self._texts_f.embed_mean(queries, ("{}",), progress) if raw else None,
-        )
+        return texts
 
     def _find(
         self,
@@ -283,25 +253,6 @@ def _scale(model: Any) -> float:
 def upright(image: Any) -> Image.Image:
     """The RGB picture of whatever `load_image` takes, or of TAP's `EncodedImage`."""
     return image.image if isinstance(image, EncodedImage) else load_image(image)
-
-
-def _output(
-    queries: list[str], passes: Sequence[FoundMasks], picture: Image.Image, config: CarConfig, notes: list[str]
-) -> CarOutput:
-    """Put the passes together: the first one's masks lie on top of the label map."""
-    size = picture.height, picture.width
-    label_map = np.zeros(size, dtype=np.int32)
-    for part in reversed(passes):
-        paint_labels(part.masks, part.scores, part.ids, label_map)
-    found = join_passes(passes, size)
-    scores = np.zeros(len(queries), dtype=np.float32)
-    scores[found.ids] = found.scores
-    merged = merge_expressions(found.masks, found.scores) if config.mode == "referring" else None
-    if not found.masks.any():
-        notes = [*notes, "nothing was found"]
-    return CarOutput(
-        queries, found.ids, scores, found.soft_masks, found.masks, label_map, found.trace, config.mode, merged, notes
-    )
 
 
 __all__ = ["ClipAsRnn"]

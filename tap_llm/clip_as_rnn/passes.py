@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..masks import BoolArray
-from .configuration_car import CarConfig, Prompt
-from .outputs import CarStep, Float32Array
+from .configuration_car import CarConfig, Mode, Prompt
+from .merging import merge_expressions
+from .outputs import CarOutput, CarStep, Float32Array, paint_labels
 
 
 @dataclass(frozen=True)
@@ -93,4 +94,22 @@ def join_passes(passes: Sequence[FoundMasks], size: tuple[int, int]) -> FoundMas
     return joined.rows(np.argsort(joined.ids).tolist())
 
 
-__all__ = ["FoundMasks", "Pass", "join_passes", "plan_passes"]
+def assemble(
+    queries: list[str], passes: Sequence[FoundMasks], size: tuple[int, int], mode: Mode, notes: list[str]
+) -> CarOutput:
+    """The result of all passes over a picture of `size` (H, W); the first pass lies on top of the label map."""
+    label_map = np.zeros(size, dtype=np.int32)
+    for part in reversed(passes):
+        paint_labels(part.masks, part.scores, part.ids, label_map)
+    found = join_passes(passes, size)
+    scores = np.zeros(len(queries), dtype=np.float32)
+    scores[found.ids] = found.scores
+    merged = merge_expressions(found.masks, found.scores) if mode == "referring" else None
+    if not found.masks.any():
+        notes = [*notes, "nothing was found"]
+    return CarOutput(
+        queries, found.ids, scores, found.soft_masks, found.masks, label_map, found.trace, mode, merged, notes
+    )
+
+
+__all__ = ["FoundMasks", "Pass", "assemble", "join_passes", "plan_passes"]

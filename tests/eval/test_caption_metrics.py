@@ -40,7 +40,9 @@ def raw(name):
 
 def known(name, prefix="", without=()):
     corpus = read(name, "scores")["corpus"]
-    return {prefix + ours: pytest.approx(corpus[theirs], abs=1e-4) for ours, theirs in NAMES.items() if ours not in without}
+    return {
+        prefix + ours: pytest.approx(corpus[theirs], abs=1e-4) for ours, theirs in NAMES.items() if ours not in without
+    }
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -65,7 +67,9 @@ def test_deviation_of_our_own_words(name, monkeypatch):
     captions, references = raw(name)
     words, known_words = tokens(name)
     pairs = [(captions[f"{name}/{key}"], text) for key, [text] in words.items()]
-    pairs += [pair for key, texts in known_words.items() for pair in zip(references[f"{name}/{key}"], texts, strict=True)]
+    pairs += [
+        pair for key, texts in known_words.items() for pair in zip(references[f"{name}/{key}"], texts, strict=True)
+    ]
     differing = [text for text, expected in pairs if ptb.tokenize(text) != expected.split()]
     assert len(differing) <= 0.002 * len(pairs)
 

@@ -63,7 +63,7 @@ def test_no_package(monkeypatch):
 
 
 def test_java_that_hangs_is_ended(stand_in, monkeypatch, tmp_path):
-    stand_in(f"echo $$ > {tmp_path}/pid", "exec sleep 600")
+    stand_in(f"echo $$ > {tmp_path}/pid", 'for last; do :; done; rm -f "$last"', "exec sleep 600")
     monkeypatch.setattr(java, "SECONDS", 3)
     monkeypatch.setattr(java, "SECONDS_PER_TEXT", 0)
     reason = unofficial(score_captions(CAPTIONS, REFERENCES))
