@@ -7,11 +7,8 @@ else to stderr. Picture, regions and output are checked before a model is loaded
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,16 +16,26 @@ import typer
 
 from .cli_chat import chat
 from .cli_data import app as data_app
+from .cli_export import export
+from .cli_find import find
 from .cli_merge import merge
-from .cli_picture import check_target, save_picture
+from .cli_picture import picture_path, save_picture
 from .cli_quiet import quiet
-from .cli_regions import BoxOption, MaskOption, OrderedCommand, PointOption, check_inputs, given_regions
+from .cli_regions import (
+    BoxOption,
+    MaskOption,
+    OrderedCommand,
+    PointOption,
+    RegionsOption,
+    check_inputs,
+    given_regions,
+)
 from .cli_scene import scene
+from .cli_table import Cell, box_text, table, terminal_width
 from .cli_tokenize import Stopped, tokenize
 from .errors import InputError
 
 INTERRUPTED = 130  # as the shell counts it: 128 + SIGINT
-_CAPTION_WIDTH = 20  # least columns for captions; narrower terminals get longer lines
 # Base of all usage errors; newer typer has its own copy of click and does not export it.
 _ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -54,6 +61,7 @@ def describe(
     box: BoxOption = None,
     point: PointOption = None,
     mask: MaskOption = None,
+    regions: RegionsOption = None,
     everything: Annotated[bool, typer.Option("--everything", help="Find all regions instead.")] = False,
     points_per_side: Annotated[
         list[int] | None,
@@ -93,16 +101,16 @@ def describe(
     settings |= {"crop_layers": crop_layers} if crop_layers else {}
     if settings and not everything:
         raise InputError("--points-per-side and --crop-layers go with --everything")
-    regions = given_regions(ctx, box, point, mask)
-    _check_choice(regions, everything)
-    target = _picture_path(image, out, as_json)
-    picture = check_inputs(image, regions)
+    given = given_regions(ctx, box, point, mask, regions)
+    _check_choice(given, everything)
+    target = picture_path(image, out, as_json, ".tap.png")
+    picture = check_inputs(image, given)
     pipe = _load_pipeline(model, tokenizer, concepts, device, dtype)
     if captions and not pipe.can_caption:
         _note("no captions: this model has no tokenizer; pass its SentencePiece file with --tokenizer FILE")
-    options = {"everything": settings or True, "progress": sys.stderr.isatty()} if everything else {"regions": regions}
+    options = {"everything": settings or True, "progress": sys.stderr.isatty()} if everything else {"regions": given}
     results = pipe(picture, captions=captions and pipe.can_caption, top_k=top_k, **options)
-    print(_to_json(results) if as_json else _table(results, _terminal_width()))
+    print(_to_json(results) if as_json else _table(results, terminal_width()))
     if target is not None:
         from .visualize import draw_regions
 
@@ -111,6 +119,8 @@ def describe(
 
 
 app.command(cls=OrderedCommand)(chat)
+app.command()(export)
+app.command()(find)
 app.command()(merge)
 app.command()(scene)
 app.command()(tokenize)
@@ -144,22 +154,14 @@ def convert(
 
 def _check_choice(regions: Sequence[Any], everything: bool) -> None:
     if regions and everything:
-        raise InputError("--everything finds the regions itself: give it, or --box, --point and --mask, not both")
+        raise InputError(
+            "--everything finds the regions itself: give it, or --box, --point, --mask and --regions, not both"
+        )
     if not regions and not everything:
         raise InputError(
-            "no region given: use --box x0,y0,x1,y1, --point x,y or --mask FILE (each repeatable), or --everything"
+            "no region given: use --box x0,y0,x1,y1, --point x,y or --mask FILE (each repeatable), --regions FILE, "
+            "or --everything"
         )
-
-
-def _picture_path(image: Path, out: Path | None, as_json: bool) -> Path | None:
-    """Where the picture goes, checked before any work; None for JSON without --out."""
-    if out is None and as_json:
-        return None
-    target = out if out is not None else image.parent / f"{image.stem}.tap.png"
-    check_target(target, f"--out {target}", given=out is not None)
-    if target.exists() and image.exists() and target.samefile(image):
-        raise InputError(f"--out {target} would overwrite the picture itself; choose another name")
-    return target
 
 
 def _load_pipeline(model: str, tokenizer: str | None, concepts: str | None, device: str | None, dtype: str) -> Any:
@@ -188,40 +190,20 @@ def _table(results: Sequence[dict[str, Any]], width: int | None) -> str:
     """Numbered rows; captions wrap so that lines fit `width` columns."""
     if not results:
         return "no regions found"
-    header = [["#"], ["concept"], ["score"], ["IoU"], ["box"], ["caption"]]
-    rows = [header, *([[str(index)], *_cells(result)] for index, result in enumerate(results, 1))]
-    widths = [max(len(line) for row in rows for line in row[column]) for column in range(5)]
-    left = sum(widths) + 2 * len(widths)
-    room = None if width is None else max(_CAPTION_WIDTH, width - left)
-    return "\n".join(line for row in rows for line in _row_lines(row, widths, room))
+    header = ["concept", "score", "IoU", "box", "caption"]
+    return table(header, [_cells(result) for result in results], width)
 
 
-def _cells(result: dict[str, Any]) -> list[list[str]]:
+def _cells(result: dict[str, Any]) -> list[Cell]:
     names = result.get("concepts") or [[result["concept"], result["concept_score"]]]
     shown = [(name, score) for name, score in names if name] or [("-", None)]
-    box = "empty" if result["box"] is None else ",".join(map(str, result["box"]))
     return [
         [name for name, _ in shown],
         ["" if score is None else f"{score:.2f}" for _, score in shown],
         [f"{result['iou']:.2f}"],
-        [box],
+        [box_text(result["box"])],
         [" ".join(result["caption"].split())],
     ]
-
-
-def _row_lines(row: list[list[str]], widths: list[int], room: int | None) -> list[str]:
-    *cells, caption = row
-    wrapped = caption if room is None else textwrap.wrap(caption[0], room)
-    lines = []
-    for parts in zip_longest(*cells, wrapped, fillvalue=""):
-        padded = [part.ljust(size) for part, size in zip(parts, widths, strict=False)]
-        lines.append("  ".join([*padded, parts[-1]]).rstrip())
-    return lines
-
-
-def _terminal_width() -> int | None:
-    """Columns of the terminal; None where the output goes elsewhere, which nothing should cut."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _note(message: str) -> None:

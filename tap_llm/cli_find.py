@@ -73,12 +73,12 @@ def find(
     from .clip_as_rnn.notes import checked_queries
     from .images import load_image
 
-    options = _options(f, g, mode, background, setting or [])
+    options = _options({"f": f, "g": g, "mode": mode, "refine": refine}, background, setting or [])
     texts = checked_queries(queries or [])
     target = picture_path(image, out, as_json, ".find.png")
     picture = load_image(image)
-    pipe = _load(model, tap, refine, device, None if dtype == "auto" else dtype, options)
-    source = pipe.tap.encode(picture) if describe or refine == "tap" else picture
+    pipe = _load(model, tap, device, None if dtype == "auto" else dtype, options)
+    source = pipe.tap.encode(picture) if describe or pipe.config.refine == "tap" else picture
     with _told_warnings():
         found = pipe(source, texts, progress=None if sys.stderr.isatty() else False)
     for note in found.notes:
@@ -92,14 +92,13 @@ def find(
         _note(f"picture: {target}")
 
 
-def _options(
-    f: str | None, g: str | None, mode: str | None, background: str | None, settings: Sequence[str]
-) -> dict[str, Any]:
-    """Settings of CaR that the command line names."""
+def _options(given: dict[str, str | None], background: str | None, settings: Sequence[str]) -> dict[str, Any]:
+    """Settings of CaR that the command line names, checked."""
     import yaml
 
-    given: dict[str, Any] = {"f": f, "g": g, "mode": mode}
-    options = {name: value for name, value in given.items() if value is not None}
+    from .clip_as_rnn import CarConfig
+
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if background is not None:
         options["background"] = [word.strip() for word in background.split(",") if word.strip()]
     for setting in settings:
@@ -110,17 +109,16 @@ def _options(
             options[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {setting}: the value cannot be read; quote it as in YAML") from None
+    CarConfig().updated(**options)
     return options
 
 
-def _load(
-    model: str, tap: str, refine: str, device: str | None, dtype: str | None, options: dict[str, Any]
-) -> CarPipeline:
+def _load(model: str, tap: str, device: str | None, dtype: str | None, options: dict[str, Any]) -> CarPipeline:
     quiet()
     from .clip_as_rnn import CarPipeline
     from .clip_as_rnn.presets import BUNDLED_CLIP
 
-    pipe = CarPipeline.from_pretrained(model, device, dtype, tap=tap, refine=refine, **options)
+    pipe = CarPipeline.from_pretrained(model, device, dtype, tap=tap, **options)
     if BUNDLED_CLIP in (pipe.config.f, pipe.config.g):
         _note(f"{BUNDLED_CLIP} is a small model for drawn scenes, to try things out; for photos: --model default")
     return pipe

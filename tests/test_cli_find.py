@@ -166,7 +166,7 @@ def test_options_reach_the_settings(
 
     monkeypatch.setattr(CarPipeline, "from_pretrained", stop)
     options = ["--background", " grass, sky,", "--set", "prompts=[black, circle]", "--set", "max_steps=1"]
-    assert find(photo, "voc", *QUERIES, "--f", clip, "--g", clip, *options, "--refine", "crf") == 2
+    assert find(photo, "voc", *QUERIES, "--f", clip, "--g", clip, *options, "--set", "refine=crf") == 2
     assert "seen enough" in capsys.readouterr().err
     config = seen[0].config
     assert (config.f, config.g, config.refine, config.keep_threshold) == (clip, clip, "crf", 0.6)
@@ -221,6 +221,8 @@ def test_a_thousand_queries(photo: Path, clip: str, capsys: pytest.CaptureFixtur
         (["a dog", "--mode", "panoptic"], "mode must be one of semantic, referring"),
         (["a dog", "--set", "keep_treshold=1"], "did you mean keep_threshold?"),
         (["a dog", "--set", "keep_threshold"], "expected NAME=VALUE"),
+        (["a dog", "--set", "keep_threshold="], "keep_threshold must be a number"),
+        (["a dog", "--set", "device=cpu"], "unknown name 'device'"),
         (["a dog", "--set", "prompts=[blur"], "cannot be read"),
         (["a dog", "--tap", "tap-tinny"], "tap-tinny"),
         (["a dog", "--out", "a.gif"], "unknown picture format"),

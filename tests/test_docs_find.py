@@ -102,3 +102,6 @@ def test_what_the_page_says_of_settings_is_true() -> None:
     assert all(f"`{prompt}`" in table for prompt in PROMPTS)
     assert f"{len(CarConfig().background)} by default" in PAGE
     assert f"longer than {MAX_SIDE:,} pixels" in PAGE and f"IoU above {MIN_IOU}" in PAGE
+    tiny = PRESETS["tiny"]
+    named = f"`tap_choice={tiny.tap_choice}`, `tap_min_iou={tiny.tap_min_iou}`, `tap_sharpen=true`"
+    assert tiny.tap_sharpen and named in PAGE and CarConfig().tap_min_iou == MIN_IOU

@@ -17,6 +17,7 @@ CONFIG_FILE = "car_config.json"
 
 Mode = Literal["semantic", "referring"]
 Refine = Literal["none", "crf", "tap"]
+TapChoice = Literal["each", "agreeing"]
 Cam = Literal["clip_es", "grad_cam"]
 Resize = Literal["crop", "squash"]
 Prompt = Literal["blur", "gray", "black", "circle", "rectangle", "contour"]
@@ -25,10 +26,11 @@ PROMPTS: tuple[Prompt, ...] = get_args(Prompt)  # in the order in which they are
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mode": get_args(Mode),
     "refine": get_args(Refine),
+    "tap_choice": get_args(TapChoice),
     "cam": get_args(Cam),
     "g_resize": get_args(Resize),
 }
-_SHARES = ("mask_threshold", "box_threshold", "max_area")
+_SHARES = ("mask_threshold", "box_threshold", "max_area", "tap_min_iou")
 _COUNTS = ("max_steps", "g_batch", "max_side", "f_max_side")
 _LISTS = ("prompts", "stuff_prompts", "templates", "f_templates", "background", "stuff")
 
@@ -79,6 +81,10 @@ class CarConfig:
         f_templates: texts with `{}` that f is asked with; of several, the mean.
         background: words that compete with the queries in f.
         refine: after the last step: "none", the dense "crf", or "tap": the CRF, then TAP.
+        tap_min_iou: TAP's mask is taken where its IoU with the CRF's is above this.
+        tap_choice: "each": for each part of a mask TAP's answer that fits it best; "agreeing": only answers that agree
+            with the soft mask, so that false parts are dropped.
+        tap_sharpen: a CRF moves the edges of TAP's masks, for TAP models with small masks.
         bg_factor: exponent of the background's probability in the CRF.
         stuff: names of queries that are stuff: found in a pass of their own, with the others as background.
         stuff_prompts: visual prompts of that pass; empty: `prompts`.
@@ -112,6 +118,9 @@ class CarConfig:
     f_templates: tuple[str, ...] = (ORIGAMI,)
     background: tuple[str, ...] = BACKGROUND
     refine: Refine = "crf"
+    tap_min_iou: float = 0.7
+    tap_choice: TapChoice = "each"
+    tap_sharpen: bool = False
     bg_factor: float = 1.0
     stuff: tuple[str, ...] = ()
     stuff_prompts: tuple[Prompt, ...] = ()

@@ -216,7 +216,7 @@ class ClipAsRnn:
         soft, masks = refined_masks(picture.image, alive.maps, config)
         scores = alive.scores.numpy()
         if config.refine == "tap" and masks.any():
-            masks = self._refine_with_tap(picture, masks, soft, scores, exclusive=config.mode == "semantic")
+            masks = self._refine_with_tap(picture, masks, soft, scores, config)
         found = FoundMasks([part.ids[row] for row in alive.ids], scores, soft, masks, part.global_trace(alive.trace))
         large = drop_large(masks, config.max_area)
         if large.any():
@@ -241,7 +241,7 @@ class ClipAsRnn:
         masks: BoolArray,
         soft_masks: Float32Array,
         scores: Float32Array,
-        exclusive: bool,
+        config: CarConfig,
     ) -> BoolArray:
         raise InputError("refine='tap' needs a TAP model: use CarPipeline, or refine='crf'")
 

@@ -84,13 +84,23 @@ class CarPipeline(ClipAsRnn):
         masks: BoolArray,
         soft_masks: Float32Array,
         scores: Float32Array,
-        exclusive: bool,
+        config: CarConfig,
     ) -> BoolArray:
         from .tap_refine import refine_masks
 
         if not isinstance(picture.source, EncodedImage):
             picture.source = self.tap.encode(picture.image)  # once for all calls with this picture
-        return refine_masks(self.tap, picture.source, masks, soft_masks, scores, exclusive=exclusive)
+        return refine_masks(
+            self.tap,
+            picture.source,
+            masks,
+            soft_masks,
+            scores,
+            min_iou=config.tap_min_iou,
+            choice=config.tap_choice,
+            sharpen=config.tap_sharpen,
+            exclusive=config.mode == "semantic",
+        )
 
 
 __all__ = ["CarPipeline"]

@@ -27,7 +27,19 @@ _DEFAULT = CarConfig(
 # The names of stuff in ADE and Context-459 are the user's to give: `config.updated(stuff=[...])`.
 PRESETS: dict[str, CarConfig] = {
     "default": _DEFAULT,
-    "tiny": _DEFAULT.updated(f=BUNDLED_CLIP, g=BUNDLED_CLIP),
+    # The attention of tap-tiny-clip groups no patches, and the views of its training were distorted, not cropped; the
+    # last three are what tap-tiny makes of such masks. Found on scenes.
+    "tiny": _DEFAULT.updated(
+        f=BUNDLED_CLIP,
+        g=BUNDLED_CLIP,
+        cam="grad_cam",
+        g_resize="squash",
+        prompts=("black", "gray"),
+        keep_threshold=0.5,
+        tap_min_iou=0.3,
+        tap_choice="agreeing",
+        tap_sharpen=True,
+    ),
     "voc": CarConfig(mask_threshold=0.4, keep_threshold=0.6, box_threshold=0.4, prompts=("circle", "blur")),
     "coco_object": CarConfig(mask_threshold=0.5, keep_threshold=0.3, box_threshold=0.5, prompts=("blur", "gray")),
     "context": _CONTEXT,

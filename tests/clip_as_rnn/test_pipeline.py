@@ -34,7 +34,9 @@ def find(pipe: CarPipeline, image: Any, **options: Any) -> CarOutput:
 def test_tap_is_asked_once_about_the_kept_masks(pipe: CarPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def refine_masks(tap: Any, image: Any, masks: Any, soft: Any, scores: Any, *, exclusive: bool) -> Any:
+    def refine_masks(
+        tap: Any, image: Any, masks: Any, soft: Any, scores: Any, *, exclusive: bool, **options: Any
+    ) -> Any:
         calls.append((tap, image, masks.copy(), soft, scores, exclusive))
         return ~masks
 
