@@ -187,7 +187,10 @@ class TestJsonl:
     RECORD = {
         "image": "pictures/1.png",
         "regions": [{"box": [0, 0, 5, 5], "caption": "a cat"}],
-        "messages": [{"role": "user", "content": [{"type": "region", "index": 0}]}],
+        "messages": [
+            {"role": "user", "content": [{"type": "region", "index": 0}]},
+            {"role": "assistant", "content": "a dog"},
+        ],
         "source": "mine",
     }
 
