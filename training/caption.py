@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from tap_llm.tap.tokenization import TOKENIZER_FILE_NAME
 
 from .captioning import CaptionBatches, CaptionLossConfig, CaptionObjective
 from .config import main_of, to_dict
+from .distributed import process_state
 from .loop import check, fit
 from .models import build_tap, save_tap
 from .pictures import draw_captions
@@ -102,7 +101,7 @@ def with_tokenizer(
     captions = (
         caption for number in range(TOKENIZER_PICTURES) for texts in pictures[number].captions for caption in texts
     )
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     with state.main_process_first():  # the others read its file
         again = state.is_main_process and not run.resume
         words = train_tokenizer(captions, tap.config.text_config.vocab_size, Path(run.output_dir), again)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
@@ -20,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tap_llm.errors import InputError
 
-from .chat_tokenizer import load_chat_tokenizer
+from .byte_level import kept_tokenizer
 from .clip_batches import ClipBatches, ClipDataConfig, ClipPictures
 from .clip_objective import ClipLossConfig, ClipObjective
 from .clip_tokenizer import train_clip_tokenizer
@@ -105,13 +104,8 @@ def main(config: ClipTrainConfig) -> Path:
 
 def make_tokenizer(pictures: ClipPictures, config: ClipTrainConfig) -> PreTrainedTokenizerFast:
     """A tokenizer for what is said of the pictures, kept in the run's folder; a resumed run takes the one there."""
-    folder = Path(config.run.output_dir) / "tokenizer"
-    state = PartialState()
-    with state.main_process_first():  # the others read its files
-        if state.is_main_process and not (config.run.resume and folder.is_dir()):
-            texts = pictures.texts(TOKENIZER_ROUNDS)
-            train_clip_tokenizer(texts, config.model.vocabulary, MAX_TEXT).save_pretrained(folder)
-    return load_chat_tokenizer(folder)
+    texts = pictures.texts(TOKENIZER_ROUNDS)
+    return kept_tokenizer(config.run, lambda: train_clip_tokenizer(texts, config.model.vocabulary, MAX_TEXT))
 
 
 def make_clip(size: ClipSize, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tap_llm.errors import InputError
+from .byte_level import train_byte_level
 
 # The end must not be token 2: Transformers then takes the text vector from the highest id, as for CLIPs of old.
 PAD, START, UNUSED, END = SPECIAL = ("<|pad|>", "<|startoftext|>", "<|unused|>", "<|endoftext|>")
-LEAST = len(SPECIAL) + 256  # every byte has a token
 
 
 def train_clip_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int = 77) -> PreTrainedTokenizerFast:
@@ -29,17 +28,8 @@ def train_clip_tokenizer(texts: Iterable[str], vocabulary: int, max_length: int 
     Raises:
         InputError: a vocabulary without room for every byte.
     """
-    if vocabulary < LEAST:
-        raise InputError(f"model.vocabulary must be at least {LEAST}: every byte needs a token; got {vocabulary}")
-    core = Tokenizer(models.BPE())
-    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()])
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    core.train_from_iterator(texts, trainer)
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()])
+    core = train_byte_level(texts, vocabulary, SPECIAL, normalizer, prefix_space=True)
     core.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, SPECIAL.index(START)), (END, SPECIAL.index(END))]
     )

@@ -1,9 +1,10 @@
-"""BatchNorm whose statistics cover the batches of all processes, on CPUs as well as GPUs."""
+"""Several processes: how they meet, and BatchNorm with the statistics of all, on CPUs as well as GPUs."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
 
@@ -21,6 +22,11 @@ class _SumOverProcesses(torch.autograd.Function):
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
+
+
+def process_state() -> PartialState:
+    """This process among those of the run; without accelerators they meet on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _several_processes() -> bool:

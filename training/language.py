@@ -11,15 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tap_llm.errors import InputError
 
-from .chat_tokenizer import load_chat_tokenizer, train_chat_tokenizer
+from .byte_level import kept_tokenizer
+from .chat_tokenizer import train_chat_tokenizer
 from .config import OptimizerConfig, RunConfig, main_of, to_dict
 from .language_objective import LanguageObjective
 from .loop import check, fit
@@ -98,13 +97,8 @@ def main(config: LanguageConfig) -> Path:
 
 def make_tokenizer(talks: Talks, config: LanguageConfig) -> PreTrainedTokenizerFast:
     """A tokenizer for the text of the scene world, kept in the run's folder; a resumed run takes the one there."""
-    folder = Path(config.run.output_dir) / "tokenizer"
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    with state.main_process_first():  # the others read its files
-        if state.is_main_process and not (config.run.resume and folder.is_dir()):
-            texts = talks.texts(TOKENIZER_TALKS)
-            train_chat_tokenizer(texts, config.model.vocabulary, config.model.template).save_pretrained(folder)
-    return load_chat_tokenizer(folder)
+    texts, size = talks.texts(TOKENIZER_TALKS), config.model
+    return kept_tokenizer(config.run, lambda: train_chat_tokenizer(texts, size.vocabulary, size.template))
 
 
 def make_llm(size: LlmSize, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from tqdm import tqdm
 
 from tap_llm.data.instructions import Conversation, converse
@@ -26,6 +25,7 @@ from tap_llm.region_llm.token_builder import build_token_cache
 from tap_llm.region_llm.token_cache import TokenCache
 from tap_llm.tap.processing_tap import TapProcessor
 
+from .distributed import process_state
 from .files import write_text
 
 VALIDATION_EVERY = 20  # every so many-th scene is kept for validation
@@ -126,7 +126,7 @@ def store_scenes(
         InputError: the folder holds other scenes, or scenes read by another TAP.
     """
     folder, config = Path(pictures.config.folder), pictures.config
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         _claim(folder, about)
     state.wait_for_everyone()

@@ -25,8 +25,9 @@ from tap_llm.region_llm.placeholders import find_placeholder
 from tap_llm.region_llm.projectors import find_projector
 from training import language
 from training.align import AlignConfig
+from training.byte_level import load_tokenizer
 from training.chat import ChatConfig
-from training.chat_tokenizer import REGION, load_chat_tokenizer, train_chat_tokenizer
+from training.chat_tokenizer import REGION, train_chat_tokenizer
 from training.config import from_dict, load_config
 from training.language import LanguageConfig, LlmSize, make_llm
 from training.language_objective import LanguageObjective
@@ -64,7 +65,7 @@ def batch(batches: TalkBatches) -> dict[str, torch.Tensor]:
 def test_tokenizer_brings_all_that_region_chat_needs(tmp_path: Path, template: str) -> None:
     made = train_chat_tokenizer(TEXTS, 300, template)
     made.save_pretrained(tmp_path)
-    for found in (made, load_chat_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+    for found in (made, load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 2)
         assert find_placeholder(found) == 3 == found.convert_tokens_to_ids(REGION)
         for text in (*TEXTS, "un café ☕", "two  spaces\n"):
@@ -85,7 +86,7 @@ def test_tokenizer_refuses_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"template must be one of plain, chatml, got 'x'"):
         train_chat_tokenizer(TEXTS, 300, "x")
     with pytest.raises(InputError, match="cannot be read"):
-        load_chat_tokenizer(tmp_path / "absent")
+        load_tokenizer(tmp_path / "absent")
 
 
 # Text
