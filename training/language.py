@@ -13,14 +13,15 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tap_llm.errors import InputError
+from tap_llm.region_llm.placeholders import find_placeholder
 
-from .byte_level import kept_tokenizer
+from .byte_level import kept_tokenizer, load_tokenizer
 from .chat_tokenizer import train_chat_tokenizer
 from .config import OptimizerConfig, RunConfig, main_of, to_dict
-from .language_objective import LanguageObjective
+from .language_objective import LanguageObjective, load_region_code, save_region_code
 from .loop import check, fit
 from .recipe import VALIDATION_BATCHES, Recipe
 from .talks import TalkBatches, TalkConfig, Talks
@@ -32,6 +33,8 @@ TOKENIZER_TALKS = 3000  # conversations that the tokenizer is trained on
 class LlmSize:
     """Size and words of the language model."""
 
+    start: str | None = None
+    """Language model of an earlier run of this recipe (its `final/`) to go on with, in its own size and words."""
     hidden_size: int = 160
     layers: int = 6
     heads: int = 5
@@ -47,10 +50,20 @@ class LlmSize:
         for name in ("hidden_size", "layers", "heads", "mlp", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.start is not None and not Path(self.start).is_dir():
+            raise InputError(f"model.start: there is no folder {self.start}")
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
             raise InputError(
                 f"model.hidden_size {self.hidden_size} must be a multiple of model.heads {self.heads}, an even one"
             )
+
+
+@dataclass
+class LanguageLoss:
+    """What is learned of the text; the weight of answers is 1."""
+
+    questions: float = 1.0
+    """Weight of what users ask."""
 
 
 @dataclass
@@ -59,6 +72,7 @@ class LanguageConfig:
 
     model: LlmSize = field(default_factory=LlmSize)
     data: TalkConfig = field(default_factory=TalkConfig)
+    loss: LanguageLoss = field(default_factory=LanguageLoss)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -68,26 +82,29 @@ def main(config: LanguageConfig) -> Path:
     run = config.run
     check(run, config.optimizer)
     config.model.check()
+    start = config.model.start
     set_seed(run.seed)
     talks = Talks(config.data, run.seed)
     tokenizer = make_tokenizer(talks, config)
-    llm = make_llm(config.model, tokenizer)
+    llm = AutoModelForCausalLM.from_pretrained(start) if start else make_llm(config.model, tokenizer)
+    trainee = LanguageObjective(llm, find_placeholder(tokenizer), config.loss.questions)
+    if start:
+        load_region_code(trainee.position, llm.config.initializer_range, start)
     if run.gradient_checkpointing:
         llm.gradient_checkpointing_enable()
 
     def batches(source: Talks, length: int | None = None) -> TalkBatches:
-        return TalkBatches(source, tokenizer, run.batch_size, config.model.max_length, length)
-
-    training = batches(talks)
+        return TalkBatches(source, tokenizer, run.batch_size, llm.config.max_position_embeddings, length)
 
     def save(state: dict[str, Tensor], folder: Path) -> None:
         ours = {key.removeprefix("llm."): value for key, value in state.items() if key.startswith("llm.")}
         llm.save_pretrained(folder, state_dict=ours)
         tokenizer.save_pretrained(folder)
+        save_region_code(trainee, state, folder)
 
     recipe = Recipe(
-        trainee=LanguageObjective(llm, training.region_id),
-        batches=training,
+        trainee=trainee,
+        batches=batches(talks),
         validation=batches(talks.for_validation(), VALIDATION_BATCHES),
         save=save,
         better="accuracy",
@@ -97,6 +114,8 @@ def main(config: LanguageConfig) -> Path:
 
 def make_tokenizer(talks: Talks, config: LanguageConfig) -> PreTrainedTokenizerFast:
     """A tokenizer for the text of the scene world, kept in the run's folder; a resumed run takes the one there."""
+    if config.model.start:
+        return load_tokenizer(Path(config.model.start))
     texts, size = talks.texts(TOKENIZER_TALKS), config.model
     return kept_tokenizer(config.run, lambda: train_chat_tokenizer(texts, size.vocabulary, size.template))
 

@@ -42,6 +42,8 @@ class LlmConfig:
     """LLM: a folder or a hub id of any causal LM; with `start` only where it lies elsewhere now."""
     projector: str | None = None
     """Preset of a new projector: `lite`, `base` (the default) or `full`."""
+    projector_hidden: int | None = None
+    """Width between the layers of a new projector; that of the LLM's embeddings if null."""
     chat_template: str | None = None
     """`plain`, `chatml` or a file, for LLMs without a chat template, or in place of theirs."""
     region_token: str | None = None
@@ -78,7 +80,9 @@ def build_llm(config: LlmConfig) -> tuple[TapLlmForConditionalGeneration, TapLlm
     elif config.llm is not None:
         tap, tap_processor, _ = load_tap(config.tap or "tap-tiny", dtype=config.dtype)
         llm = load_llm(config.llm, config.four_bit, config.dtype)
-        model = TapLlmForConditionalGeneration.from_tap_and_llm(tap, llm, config.projector or "base")
+        model = TapLlmForConditionalGeneration.from_tap_and_llm(
+            tap, llm, config.projector or "base", projector_hidden_size=config.projector_hidden
+        )
         tokenizer = load_llm_tokenizer(config.llm)
         processor = TapLlmProcessor.for_model(
             model, tap_processor, tokenizer, config.chat_template, config.region_token
@@ -92,7 +96,7 @@ def build_llm(config: LlmConfig) -> tuple[TapLlmForConditionalGeneration, TapLlm
 
 def _check_start(config: LlmConfig) -> None:
     """Raise InputError for settings that the adapter to go on with has decided already."""
-    for name in ("projector", "chat_template", "region_token"):
+    for name in ("projector", "projector_hidden", "chat_template", "region_token"):
         if getattr(config, name) is not None:
             raise InputError(f"model.{name} is for new models: the adapter model.start brings its own; leave it out")
 

@@ -98,6 +98,10 @@ class StoredScenes:
     tokens: TokenCache
     kinds: list[str] | None = field(default=None)
 
+    def indices(self, validation: bool) -> list[int]:
+        """Of the scenes kept for validation, or of the others."""
+        return [index for index in range(len(self.scenes)) if (index % VALIDATION_EVERY == 0) == validation]
+
     def talk(self, rng: np.random.Generator, validation: bool) -> tuple[int, Conversation]:
         """A scene, of those kept for validation or of the others, and a new conversation about it."""
         for _ in range(_ATTEMPTS):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tap_llm.conversations import read_conversation
-from tap_llm.data.instructions import InstructionSamples
+from tap_llm.data.instructions import check_kinds, converse
 from tap_llm.data.messages import Message
 from tap_llm.data.scenes import Scene, SceneComposer
 from tap_llm.errors import InputError
@@ -27,7 +28,9 @@ from .sources import VALIDATION_SEED, DataConfig, make_composers
 from .views import tight_boxes
 
 NO_WORD = -1
-ROW = 256  # tokens, in which several conversations find room
+ROW = 128  # tokens, in which several conversations find room
+_ATTEMPTS = 20  # scenes drawn for one conversation, until one has something to ask about
+_NO_PIXELS = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 @dataclass
@@ -40,6 +43,8 @@ class TalkConfig:
     """Share of drawn shapes among the objects of scenes."""
     scene_size: list[int] = field(default_factory=lambda: [128, 96])
     """Width and height of the scenes in pixels; nobody sees them."""
+    scenes: int = 0
+    """So many scenes are talked about again and again, which takes less time; 0: each conversation has a new one."""
     kinds: list[str] = field(default_factory=list)
     """Kinds of questions (see `instructions.KINDS`); none: all."""
     single: int = 0
@@ -51,10 +56,27 @@ class TalkConfig:
         """Raise InputError for settings that cannot be."""
         if not 0 <= self.told_share <= 1:
             raise InputError(f"data.told_share must lie between 0 and 1, got {self.told_share}")
-        if self.single < 0:
-            raise InputError(f"data.single must not be negative, got {self.single}")
+        if min(self.single, self.scenes) < 0:
+            raise InputError(f"data.single and data.scenes must not be negative, got {self.single} and {self.scenes}")
+        check_kinds(self.kinds)
         if len(self.scene_size) != 2 or min(self.scene_size) < 1:
             raise InputError(f"data.scene_size must be width and height, got {self.scene_size}")
+
+
+class Talk(NamedTuple):
+    """One conversation.
+
+    Attributes:
+        scene: words only; `image` and `masks` are empty.
+        boxes: (M, 4) tight boxes of its objects, (cx, cy, w, h) in shares.
+        messages: what is said.
+        told: whether words stand for the regions.
+    """
+
+    scene: Scene
+    boxes: NDArray[np.float64]
+    messages: list[Message]
+    told: bool
 
 
 class Talks:
@@ -74,28 +96,44 @@ class Talks:
         self.config, self.seed = config, seed
         drawn = DataConfig(sprites=config.sprites, shape_share=config.shape_share)
         self.composer = composer or make_composers(drawn)[0]
-        size = config.scene_size[0], config.scene_size[1]
-        kinds = config.kinds or None
-        self.samples = InstructionSamples(self.composer, 2**40, seed, size, kinds=kinds)
-        self.singles = InstructionSamples(self.composer, config.single, seed, size, turns=1, kinds=kinds)
+        self._kept: dict[int, tuple[Scene, NDArray[np.float64]]] = {}
 
     def for_validation(self) -> Talks:
         """Other conversations of the same kind, of any length from the start."""
         return Talks(replace(self.config, single=0), VALIDATION_SEED, self.composer)
 
-    def __getitem__(self, number: int) -> tuple[Scene, list[Message], bool]:
-        """Scene, messages, and whether words stand for the regions."""
-        scene, conversation = (self.singles if number < len(self.singles) else self.samples).example(number)
-        told = np.random.default_rng((self.seed, number, 5)).random() < self.config.told_share
-        return scene, conversation.messages, bool(told)
+    def __getitem__(self, number: int) -> Talk:
+        """Conversation n; raises InputError if twenty scenes in turn have nothing to ask about."""
+        config, rng = self.config, np.random.default_rng((self.seed, number))
+        told = bool(rng.random() < config.told_share)
+        turns = 1 if number < config.single else None
+        for _ in range(_ATTEMPTS):
+            scene, boxes = self._scene(int(rng.integers(config.scenes or 2**31)))
+            conversation = converse(scene, int(rng.integers(2**31)), turns, config.kinds or None)
+            if conversation.questions:
+                return Talk(scene, boxes, conversation.messages, told)
+        raise InputError(f"{_ATTEMPTS} scenes in turn have nothing to ask about; allow more kinds of questions")
 
     def texts(self, count: int) -> Iterator[str]:
         """What is said in the first conversations, and all names, to train a tokenizer on."""
         for number in range(count):
-            for message in self.samples.example(number)[1].messages:
+            for message in self[number].messages:
                 yield "".join(part.get("text", "") for part in message["content"])
         if self.composer.sprites is not None:
             yield from (f"It is {sprite.phrase}" for sprite in self.composer.sprites.sprites)
+
+    def _scene(self, index: int) -> tuple[Scene, NDArray[np.float64]]:
+        """A scene without its pixels, and its boxes."""
+        if index in self._kept:
+            return self._kept[index]
+        size = self.config.scene_size[0], self.config.scene_size[1]
+        seed = int(np.random.default_rng((self.seed, index, 7)).integers(2**31))
+        scene = self.composer.scene(seed, size)
+        bare = replace(scene, image=_NO_PIXELS, masks=np.zeros((len(scene.things), 0, 0), dtype=bool))
+        found = bare, _centred(scene)
+        if self.config.scenes:
+            self._kept[index] = found
+        return found
 
 
 def words_of(scene: Scene, index: int) -> str:
@@ -163,7 +201,7 @@ class TalkBatches:
         boxes = [box for row in rows for piece in row for box in piece.boxes]
         return {
             **self._texts(rows),
-            "words": _padded(words, NO_WORD),
+            "words": padded(words, NO_WORD),
             "boxes": torch.tensor(np.array(boxes).reshape(-1, 4), dtype=torch.float32),
         }
 
@@ -172,14 +210,13 @@ class TalkBatches:
         return []
 
     def _piece(self, which: int) -> _Piece:
-        scene, messages, told = self.talks[which]
+        scene, boxes, messages, told = self.talks[which]
         objects = [{"row": row} for row in range(len(scene.things))]
         conversation = read_conversation(messages, [None], objects, allow_unused_regions=True)
         whole = self.encoder.encode(conversation, prompt=False, need_labels=True)
         text = Encoded(whole.ids[: self.max_length], whole.labels[: self.max_length])
         parts = [conversation.regions[part]["row"] for part in conversation.parts if part >= 0]
         regions = parts[: text.ids.count(self.region_id)]
-        boxes = _centred(scene)
         words = [self._word_ids(scene, region) if told else [] for region in regions]
         return _Piece(text, words, [boxes[region] for region in regions])
 
@@ -189,9 +226,9 @@ class TalkBatches:
     def _texts(self, rows: list[list[_Piece]]) -> dict[str, Tensor]:
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        ids = _padded([[index for piece in row for index in piece.text.ids] for row in rows], pad)
-        answers = _padded([[label for piece in row for label in piece.text.labels] for row in rows], IGNORED) != IGNORED
-        places = _padded([[place for piece in row for place in range(len(piece))] for row in rows], 0)
+        ids = padded([[index for piece in row for index in piece.text.ids] for row in rows], pad)
+        answers = padded([[label for piece in row for label in piece.text.labels] for row in rows], IGNORED) != IGNORED
+        places = padded([[place for piece in row for place in range(len(piece))] for row in rows], 0)
         unsaid = (ids == pad) | (ids == self.region_id) | (places == 0)
         labels = ids.masked_fill(unsaid, IGNORED)
         return {"input_ids": ids, "position_ids": places, "labels": labels, "answers": answers}
@@ -219,7 +256,7 @@ def packed(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
-def _centred(scene: Scene) -> Any:
+def _centred(scene: Scene) -> NDArray[np.float64]:
     """(M, 4) tight boxes of a scene's objects as (cx, cy, w, h) in shares."""
     height, width = scene.image.shape[:2]
     corners = tight_boxes(scene.masks) / (width, height, width, height)
@@ -227,7 +264,7 @@ def _centred(scene: Scene) -> Any:
     return np.concatenate([(low + high) / 2, high - low], axis=1)
 
 
-def _padded(rows: list[list[int]], value: int) -> Tensor:
+def padded(rows: list[list[int]], value: int) -> Tensor:
     """Lists of ids as one tensor, filled up on the right."""
     table = torch.full((len(rows), max(map(len, rows), default=0)), value)
     for number, row in enumerate(rows):

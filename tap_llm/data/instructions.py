@@ -83,9 +83,7 @@ def converse(scene: Scene, seed: int, turns: int | None = None, kinds: Iterable[
         InputError: a negative seed, less than one turn, an unknown kind.
     """
     wanted = list(KINDS if kinds is None else dict.fromkeys(kinds))
-    unknown = next((kind for kind in wanted if kind not in KINDS), None)
-    if unknown is not None:
-        raise InputError(f"unknown kind of question {unknown!r}; known are {', '.join(KINDS)}")
+    check_kinds(wanted)
     if seed < 0 or (turns is not None and turns < 1):
         raise InputError(f"expected a seed of at least 0 and at least one turn, got seed {seed} and {turns} turns")
     talk = _Talk(np.random.default_rng(seed), scene, wanted)
@@ -93,6 +91,13 @@ def converse(scene: Scene, seed: int, turns: int | None = None, kinds: Iterable[
         if not talk.ask():
             break
     return Conversation(talk.dialogue.messages, talk.questions)
+
+
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Raise InputError for a kind of question that there is not."""
+    unknown = next((kind for kind in kinds if kind not in KINDS), None)
+    if unknown is not None:
+        raise InputError(f"unknown kind of question {unknown!r}; known are {', '.join(KINDS)}")
 
 
 def same_answer(said: str, expected: str) -> bool:

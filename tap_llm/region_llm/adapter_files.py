@@ -31,7 +31,10 @@ LORA_CONFIG, LORA = "adapter_config.json", "adapter_model.safetensors"
 PROCESSOR = "processor_config.json"
 PEFT_PREFIX = "base_model.model."  # how PEFT calls the bare LLM in its files
 # Fields of the model's configuration that make a projector.
-SETTINGS = ("projector", "roi_grid", "global_grid", "embedding_rms", "initializer_range", "region_token_id")
+SETTINGS = (
+    "projector", "projector_hidden_size", "roi_grid", "global_grid", "embedding_rms", "initializer_range",
+    "region_token_id",
+)  # fmt: skip
 _VERSION = 1
 
 

@@ -18,6 +18,8 @@ class TapLlmConfig(PreTrainedConfig):
         tap_config: a [`TapConfig`] or a dict of its fields. Its caption decoder is not part of the model.
         text_config: configuration of the LLM, or a dict with its `model_type`.
         projector: name in the registry: "lite", "base", "full", or one that was added.
+        projector_hidden_size: width between the projector's two layers; None: that of the LLM's embeddings, which
+            is too narrow for many names where the LLM is tiny.
         region_token_id: id of the LLM's vocabulary that keeps the place of image and region tokens; None until a
             processor chose it (`TapLlmProcessor.for_model`).
         roi_grid: a region's box is sampled at the centres of `roi_grid` x `roi_grid` cells.
@@ -39,6 +41,7 @@ class TapLlmConfig(PreTrainedConfig):
     tap_config: SubConfig = None
     text_config: SubConfig = None
     projector: str = "base"
+    projector_hidden_size: int | None = None
     region_token_id: int | None = None
     roi_grid: int = 4
     global_grid: int = 8
@@ -71,6 +74,8 @@ class TapLlmConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """The projector exists and its grids fit; raises ValueError."""
         find_projector(self.projector)
+        if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
+            raise ValueError(f"projector_hidden_size must be at least 1, got {self.projector_hidden_size}")
         side = self.tap_config.vision_config.image_embedding_size
         if self.roi_grid < 1 or self.global_grid < 1:
             raise ValueError(f"roi_grid {self.roi_grid} and global_grid {self.global_grid} must be at least 1")

@@ -62,17 +62,18 @@ class FeatureMlp(nn.Module):
 
     Args:
         inputs: width of the features.
+        hidden: width between the layers.
         outputs: width of the tokens.
         std: of the last layer's weights at the start.
     """
 
-    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int, std: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(inputs)
-        self.linear_1 = nn.Linear(inputs, outputs)
-        self.linear_2 = nn.Linear(outputs, outputs)
+        self.linear_1 = nn.Linear(inputs, hidden)
+        self.linear_2 = nn.Linear(hidden, outputs)
         self.std = std
-        self.gain = 1 / (std * math.sqrt(outputs) * GELU_RMS)
+        self.gain = 1 / (std * math.sqrt(hidden) * GELU_RMS)
 
     def init_weights(self) -> None:
         """Weights with which a standard normal stays one up to the GELU."""
@@ -112,13 +113,14 @@ class BoxedTokens(nn.Module):
 
     Args:
         inputs: width of the features.
+        hidden: width between the layers.
         outputs: width of the tokens.
         std: of the last layers' weights at the start.
     """
 
-    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int, std: float) -> None:
         super().__init__()
-        self.feature = FeatureMlp(inputs, outputs, std)
+        self.feature = FeatureMlp(inputs, hidden, outputs, std)
         self.position = BoxPosition(outputs, std)
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
@@ -146,11 +148,12 @@ class RegionProjector(nn.Module):
         self.global_grid = config.global_grid if self.uses_global else 0
         self.scale = float(config.embedding_rms)
         width, tokens, std = config.feature_size, config.text_config.hidden_size, float(config.initializer_range)
-        self.semantic = BoxedTokens(width, tokens, std)
+        hidden = config.projector_hidden_size or tokens
+        self.semantic = BoxedTokens(width, hidden, tokens, std)
         if self.uses_roi:
-            self.roi = BoxedTokens(width, tokens, std)
+            self.roi = BoxedTokens(width, hidden, tokens, std)
         if self.uses_global:
-            self.image = BoxedTokens(width * config.unshuffle**2, tokens, std)
+            self.image = BoxedTokens(width * config.unshuffle**2, hidden, tokens, std)
 
     @classmethod
     def count_region_tokens(cls, config: TapLlmConfig) -> int:

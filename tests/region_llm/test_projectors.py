@@ -71,6 +71,18 @@ class TestEveryProjector:
                 per_place = rows.square().mean(dim=(0, 2)).sqrt() / target
                 assert ((per_place > 0.8) & (per_place < 1.25)).all()
 
+    def test_its_layers_may_be_wider_than_the_llm(self, name: str, tap: TapModel, make_llm: Any) -> None:
+        """And the size at the start is the same."""
+        torch.manual_seed(3)
+        wide = TapLlmForConditionalGeneration.from_tap_and_llm(
+            tap, make_llm("llama", hidden_size=64), name, roi_grid=2, global_grid=2, projector_hidden_size=512
+        )
+        layers = wide.model.projector.semantic.feature
+        assert layers.linear_1.weight.shape == (512, 32) and layers.linear_2.weight.shape == (64, 512)
+        for rows in wide.model.projector(make_features(200, images=100)):
+            if rows.numel():
+                assert rows.square().mean().sqrt().item() == pytest.approx(wide.model.projector.scale, rel=0.2)
+
     def test_every_weight_learns(self, name: str, projector: RegionProjector) -> None:
         rows, images = projector(make_features(4))
         (rows.square().sum() + images.square().sum()).backward()

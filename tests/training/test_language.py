@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tap_llm import TapConfig, TapImageProcessor, TapLlmProcessor
@@ -22,16 +24,16 @@ from tap_llm.hub import ASSETS
 from tap_llm.masks import mask_to_box
 from tap_llm.region_llm.configuration_tap_llm import TapLlmConfig
 from tap_llm.region_llm.placeholders import find_placeholder
-from tap_llm.region_llm.projectors import find_projector
+from tap_llm.region_llm.projectors import BoxPosition, find_projector
 from training import language
-from training.align import AlignConfig
 from training.byte_level import load_tokenizer
 from training.chat import ChatConfig
 from training.chat_tokenizer import REGION, train_chat_tokenizer
 from training.config import from_dict, load_config
 from training.language import LanguageConfig, LlmSize, make_llm
-from training.language_objective import LanguageObjective
+from training.language_objective import LanguageObjective, load_region_code, save_region_code
 from training.talks import TalkBatches, TalkConfig, Talks, packed, words_of
+from training.tell import TellConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = LlmSize(hidden_size=32, layers=2, heads=2, mlp=48, vocabulary=400, max_length=256)
@@ -109,7 +111,7 @@ def test_batches_are_the_conversations(batches: TalkBatches, batch: dict[str, to
         answered.append(batches.tokenizer.decode(ids[said]))
     expected: dict[str, str] = {}
     for number in range(16, 24):
-        _, messages, _ = batches.talks[number]
+        messages = batches.talks[number].messages
         parts = [part for message in messages for part in message["content"]]
         text = "".join(REGION if part["type"] == "region" else part.get("text", "") for part in parts)
         answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
@@ -147,17 +149,31 @@ def test_words_and_boxes_are_those_of_the_regions(batches: TalkBatches) -> None:
     single = TalkBatches(batches.talks, batches.tokenizer, 1, 256)
     told = set()
     for number in range(8):
-        scene, messages, is_told = batches.talks[number]
+        scene, _, messages, is_told = batches.talks[number]
         regions = [part["index"] for message in messages for part in message["content"] if part["type"] == "region"]
         found = [batches.tokenizer.decode(row[row >= 0]) for row in single[number]["words"]]
         assert found == [words_of(scene, region) if is_told else "" for region in regions]
         told.add(is_told)
-        for region, (cx, cy, w, h) in zip(regions, single[number]["boxes"].tolist(), strict=True):
-            x0, y0, x1, y1 = mask_to_box(scene.masks[region])
-            assert (cx * 128, cy * 96, w * 128, h * 96) == pytest.approx(
-                ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
-            )
+        expected = batches.talks[number].boxes[regions]
+        assert single[number]["boxes"].numpy() == pytest.approx(expected.astype(np.float32))
     assert told == {True, False}
+
+
+def test_boxes_are_tight(talks: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = talks.composer.scene(4, (128, 96))
+    monkeypatch.setattr(talks.composer, "scene", lambda *_: scene)
+    for mask, (cx, cy, w, h) in zip(scene.masks, talks[0].boxes.tolist(), strict=True):
+        x0, y0, x1, y1 = mask_to_box(mask)
+        assert (cx * 128, cy * 96, w * 128, h * 96) == pytest.approx(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+
+
+def test_few_scenes_are_talked_about_again_and_again() -> None:
+    talks = Talks(TalkConfig(scenes=3), seed=4)
+    found = [talks[number] for number in range(24)]
+    assert len({str(talk.scene.things) for talk in found}) == 3
+    assert len({str(talk.messages) for talk in found}) > 20
+    again = Talks(TalkConfig(scenes=3), seed=4)[17]  # a function of its number, whatever was asked for before
+    assert again.messages == found[17].messages and again.scene.things == found[17].scene.things
 
 
 def test_words_say_all_and_the_main_colour_twice() -> None:
@@ -178,7 +194,7 @@ def test_short_conversations_come_first() -> None:
     talks = Talks(TalkConfig(single=12), seed=2)
 
     def questions(stream: Talks) -> list[int]:
-        return [len(stream[number][1]) // 2 for number in range(24)]
+        return [len(stream[number].messages) // 2 for number in range(24)]
 
     assert questions(talks)[:12] == [1] * 12 and max(questions(talks)[12:]) > 1
     assert questions(talks)[12:] == questions(Talks(TalkConfig(), seed=2))[12:]
@@ -196,7 +212,7 @@ def test_names_of_sprites_are_in_the_tokenizers_text() -> None:
     ("settings", "message"),
     [
         ({"told_share": 1.5}, "data.told_share must lie between 0 and 1"),
-        ({"single": -1}, "data.single must not be negative"),
+        ({"single": -1}, "data.single and data.scenes must not be negative, got -1 and 0"),
         ({"scene_size": [9]}, "data.scene_size must be width and height"),
         ({"kinds": ["taste"]}, "unknown kind of question 'taste'"),
         ({"sprites": ["absent"]}, "there is no folder absent"),
@@ -228,6 +244,22 @@ def test_words_take_the_place_of_regions(objective: LanguageObjective) -> None:
     expected[0, 1], expected[1, 2] = first, third  # of the second nothing is told: the placeholder's own embedding
     torch.testing.assert_close(found, expected)
     assert found[0, 1].square().mean().sqrt().item() == pytest.approx(0.02, rel=0.5)  # as large as any token
+
+
+def test_what_users_ask_may_count_less(objective: LanguageObjective) -> None:
+    assert LanguageObjective(objective.llm, 3, questions=0.1).weights == {"answers": 1.0, "questions": 0.1}
+
+
+def test_the_code_of_boxes_goes_over_to_a_projector(objective: LanguageObjective, tmp_path: Path) -> None:
+    save_region_code(objective, objective.state_dict(), tmp_path)
+    layer = BoxPosition(32, 0.05)  # of another size at the start
+    boxes = torch.rand(5, 4)
+    load_region_code(layer, 0.3, str(tmp_path))
+    torch.testing.assert_close(layer(boxes) * 0.3, objective.position(boxes) * 0.02)
+    with pytest.raises(InputError, match="for embeddings of width 32, not 48"):
+        load_region_code(BoxPosition(48, 0.02), 1.0, str(tmp_path))
+    with pytest.raises(InputError, match="was not made by training.language"):
+        load_region_code(layer, 1.0, str(tmp_path / "absent"))
 
 
 def test_losses_are_those_of_each_conversation_alone(
@@ -311,38 +343,62 @@ def test_recipe_leaves_a_language_model_to_chat_with(tmp_path: Path) -> None:
     assert torch.equal(other(ids).logits, llm(ids).logits)
 
 
+@pytest.mark.usefixtures("fewer")
+def test_a_later_run_goes_on_with_the_language_model(tmp_path: Path) -> None:
+    first = language.main(settings(tmp_path / "first"))
+    config = settings(tmp_path / "second", steps=1)
+    config.model = LlmSize(start=str(first), hidden_size=96, heads=3)  # what it is stays as it is
+    config.loss.questions, config.optimizer.learning_rate = 0.5, 0.0
+    second = language.main(config)
+    for name in ("model.safetensors", "region_code.safetensors"):
+        one, other = load_file(first / name), load_file(second / name)
+        assert one.keys() == other.keys() and all(torch.allclose(one[key], other[key]) for key in one)
+    assert (first / "tokenizer.json").read_text() == (second / "tokenizer.json").read_text()
+
+
 def test_sizes_that_cannot_be() -> None:
     with pytest.raises(InputError, match="hidden_size 33 must be a multiple of model.heads 2"):
         LlmSize(hidden_size=33, heads=2).check()
     with pytest.raises(InputError, match="model.layers must be at least 1"):
         LlmSize(layers=0).check()
+    with pytest.raises(InputError, match="model.start: there is no folder absent"):
+        LlmSize(start="absent").check()
 
 
 # Configurations
 
 
+LANGUAGE = ("1_language", "2_choices", "3_positions", "4_comparisons", "5_sizes", "6_all")
+
+
 def test_configurations_of_tap_tiny_chat_go_together() -> None:
     folder = ROOT / "configs" / "tap_tiny_chat"
-    first = load_config(LanguageConfig, folder / "1_language.yaml")
-    align = load_config(AlignConfig, folder / "2_align.yaml")
-    chat = load_config(ChatConfig, folder / "3_chat.yaml")
-    first.model.check()
-    for config in (first.data, align.data, chat.data):
+    runs = [load_config(LanguageConfig, folder / f"{name}.yaml") for name in LANGUAGE]
+    tell = load_config(TellConfig, folder / "7_tell.yaml")
+    chat = load_config(ChatConfig, folder / "8_chat.yaml")
+    runs[0].model.check()
+    for config in (*(run.data for run in runs), tell.data, chat.data):
         config.check()
-    assert align.model.llm == f"{first.run.output_dir}/final" and chat.model.start == f"{align.run.output_dir}/final"
-    assert len({config.run.seed for config in (first, align, chat)}) == 3
-    assert first.data.sprites == align.data.sprites == chat.data.sprites
+        assert config.sprites == tell.data.sprites
+    starts = [run.model.start for run in runs[1:]] + [tell.model.llm, chat.model.start]
+    assert starts == [f"{run.run.output_dir}/final" for run in (*runs, tell)]
+    assert len({config.run.seed for config in (*runs, tell, chat)}) == 8
 
 
 def test_tap_tiny_chat_is_small() -> None:
-    """Language model and projector stay below 4.5 MB in half precision."""
+    """Language model and projector stay below 5 MB in half precision."""
     folder = ROOT / "configs" / "tap_tiny_chat"
     size = load_config(LanguageConfig, folder / "1_language.yaml").model
+    told = load_config(TellConfig, folder / "7_tell.yaml").model
     tokenizer: Any = type("Words", (), {"__len__": lambda self: size.vocabulary, "pad_token_id": 0,
                                         "bos_token_id": 1, "eos_token_id": 2})()  # fmt: skip
     with torch.device("meta"):
         llm = make_llm(size, tokenizer)
-        config = TapLlmConfig(tap_config=TapConfig.from_pretrained(ASSETS / "tap-tiny"), text_config=llm.config)
-        projector = find_projector(load_config(AlignConfig, folder / "2_align.yaml").model.projector)(config)
+        config = TapLlmConfig(
+            tap_config=TapConfig.from_pretrained(ASSETS / "tap-tiny"),
+            text_config=llm.config,
+            projector_hidden_size=told.projector_hidden,
+        )
+        projector = find_projector(str(told.projector))(config)
     count = sum(value.numel() for part in (llm, projector) for value in part.parameters())
-    assert count > 1.8e6 and 2 * count < 4.5e6
+    assert count > 1.8e6 and 2 * count < 5e6
