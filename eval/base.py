@@ -9,8 +9,9 @@ class Mine(Benchmark):
 
 finished = run(Mine(...), Path("results.json"), describe_model(pipe, "tap-tiny"))
 
-Commands use `eval.command`, which does the rest. An example that cannot be read is named and counted as unusable; so is
-the second of two with one id. Pictures are best read in `predict`: where one is missing, the example still counts.
+Commands use `eval.command`, which does the rest. An example that cannot be read is named and counted as unusable; the
+second of two with one id is named and counts as wrong. Pictures are best read in `predict`: where one is missing, the
+example still counts.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def run(
     if not join().is_main_process:
         return None
     stored = StoredPredictions(path, key)
-    done = merge(shares, stored)
+    done = merge(shares, stored, benchmark)
     stored.unite([outcome.key for outcome in done.outcomes])
     answered = [prediction for prediction in done.predictions if "fault" not in prediction]
     if not answered:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +16,16 @@ from tap_llm.regions import check_box
 
 from .annotations import AnnotatedPicture, Annotations
 from .average_precision import Row
-from .mending import known
+from .mending import is_number, known
 
-_ONE_PIXEL = encode_rle(np.ones((1, 1), dtype=bool))
 _ANY_SIZE = (10**7, 10**7)
+
+
+def false_alarm(height: int = 1, width: int = 1) -> dict[str, Any]:
+    """A mask of one corner pixel: the LVIS API overlooks detections without any."""
+    mask = np.zeros((height, width), dtype=bool)
+    mask[0, 0] = True
+    return encode_rle(mask)
 
 
 class BoxSource(Protocol):
@@ -59,8 +64,8 @@ class TrueBoxes:
 class Detections:
     """COCO results: a JSON list of "image_id", "category_id", "bbox" (x, y, w, h) and "score".
 
-    What cannot be used counts as a false alarm: a broken box without a mask, one of an unlisted picture or category on
-    the stray one.
+    What cannot be used counts as a false alarm: a broken box as a mask of one pixel, one of an unlisted picture or
+    category on the stray one.
 
     Args:
         path: the file.
@@ -78,7 +83,8 @@ class Detections:
         self._wrong: dict[str, list[int]] = defaultdict(list)
         by_image = self._sort(read_json(self.path))
         self.strays = [
-            {**row, "image_id": annotations.stray_image, "segmentation": _ONE_PIXEL}
+            {key: row[key] for key in ("category_id", "score")}
+            | {"image_id": annotations.stray_image, "segmentation": false_alarm()}
             for row in by_image.pop(annotations.stray_image, [])
         ]
         self._places = {number: place for place, number in enumerate(by_image)}
@@ -109,7 +115,7 @@ class Detections:
         score, box = record.get("score"), record.get("bbox")
         place_of = image if known(image, file.sizes) else file.stray_image
         kind = category if known(category, file.categories) else file.stray_category
-        scored = isinstance(score, (int, float)) and math.isfinite(score)
+        scored = is_number(score)
         boxed = _is_box(box, file.sizes.get(place_of, _ANY_SIZE))
         checks = {
             f"are of an image that {file.path.name} does not list": place_of != file.stray_image,

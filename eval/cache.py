@@ -85,7 +85,9 @@ class StoredPredictions:
             return
         self.kept[part] = start
         for end, record in lines:
-            self._places[record["id"], record["fingerprint"]] = part, self.kept[part]
+            if not (isinstance(record, dict) and record.keys() >= {"id", "fingerprint", "prediction"}):
+                return  # damaged, as is what follows
+            self._places[str(record["id"]), str(record["fingerprint"])] = part, self.kept[part]
             self.kept[part] = end
 
     def _note(self, fresh: bool) -> str:

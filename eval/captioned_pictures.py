@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.data import Dataset
 
@@ -39,7 +39,7 @@ class CaptionedPictures(Dataset[CaptionedPicture]):
         split: of Karpathy's files.
 
     Attributes:
-        strays: captions of pictures that are not listed, one message each.
+        strays: captions that are empty, or of pictures that are not listed, one message each.
         bare: pictures without captions, likewise.
 
     Raises:
@@ -56,7 +56,7 @@ class CaptionedPictures(Dataset[CaptionedPicture]):
         document = read_json(path)
         records = list_of(document, "images", path)
         if records and "sentences" in records[0]:
-            listed = _of_split(records, split)
+            listed = self._of_split(records, split)
         else:
             key = "captions" if "captions" in document else "annotations"
             listed = self._of_annotations(records, list_of(document, key, path))
@@ -74,21 +74,29 @@ class CaptionedPictures(Dataset[CaptionedPicture]):
         return CaptionedPicture(name, fingerprint(captions, file_digest(path)), path, captions)
 
     def _of_annotations(self, records: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> list[_Listed]:
-        captions: dict[Any, list[str]] = {record.get("id"): [] for record in records}
+        named = [(str(record.get("id")), str(record.get("file_name"))) for record in records]
+        captions: dict[str, list[str]] = {number: [] for number, _ in named}
         for annotation in annotations:
-            number, said = annotation.get("image_id"), annotation.get("caption")
+            number, said = str(annotation.get("image_id")), annotation.get("caption")
             if number not in captions:
                 self.strays.append(f"caption {annotation.get('id')}: there is no image {number}")
-            elif isinstance(said, str) and said.strip():
+            elif not _says(said):
+                self.strays.append(f"caption {annotation.get('id')} of image {number}: it has no words")
+            else:
                 captions[number].append(said)
-        return [
-            (f"image {record.get('id')}", str(record.get("file_name")), captions[record.get("id")])
-            for record in records
-        ]
+        return [(f"image {number}", file_name, captions[number]) for number, file_name in named]
+
+    def _of_split(self, records: list[dict[str, Any]], split: str) -> list[_Listed]:
+        listed = []
+        for record in records:
+            if record.get("split") == split:
+                name, sentences = str(record.get("filename")), record.get("sentences") or []
+                said = [one.get("raw") if isinstance(one, dict) else None for one in sentences]
+                captions = [caption for caption in said if _says(caption)]
+                self.strays += [f"{name}: a caption has no words"] * (len(said) - len(captions))
+                listed.append((name, name, captions))
+        return listed
 
 
-def _of_split(records: list[dict[str, Any]], split: str) -> list[_Listed]:
-    chosen = [record for record in records if record.get("split") == split]
-    names = [str(record.get("filename")) for record in chosen]
-    said = [[str(sentence.get("raw")) for sentence in record.get("sentences", [])] for record in chosen]
-    return [(name, name, texts) for name, texts in zip(names, said, strict=True)]
+def _says(caption: Any) -> TypeGuard[str]:
+    return isinstance(caption, str) and bool(caption.strip())

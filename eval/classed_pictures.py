@@ -47,16 +47,20 @@ class ClassedPictures(Dataset[ClassedPicture]):
     Args:
         pictures: (id, path, class); without a class ("") a picture counts as wrong.
         names: what classes are called, by class; by default as they are, with spaces for "_".
+        strays: what is wrong with annotations of no picture, one message each; each counts as wrong.
 
     Attributes:
         classes: names by class.
+        strays: as given.
 
     Raises:
         InputError: no picture, or a class without a name.
     """
 
-    def __init__(self, pictures: Sequence[tuple[str, Path, str]], names: dict[str, str] | None = None) -> None:
-        self.pictures = pictures
+    def __init__(
+        self, pictures: Sequence[tuple[str, Path, str]], names: dict[str, str] | None = None, strays: Sequence[str] = ()
+    ) -> None:
+        self.pictures, self.strays = pictures, list(strays)
         labels = sorted({label for _, _, label in pictures if label})
         if not labels:
             raise InputError("there are no pictures with a class")
@@ -92,23 +96,26 @@ def open_classed(path: Path, images: Path | None = None, names: dict[str, str] |
     if not path.is_file():
         raise MissingFileError(f"there is no file or folder {path}")
     document = read_json(path)
-    categories = {record.get("id"): str(record.get("name")) for record in list_of(document, "categories", path)}
-    pictures = _of_records(path, document, categories, images or path.parent)
-    return ClassedPictures(pictures, names or {name: name for name in categories.values()})
+    categories = {str(record.get("id")): str(record.get("name")) for record in list_of(document, "categories", path)}
+    pictures, strays = _of_records(path, document, categories, images or path.parent)
+    return ClassedPictures(pictures, names or {name: name for name in categories.values()}, strays)
 
 
-def _of_records(path: Path, document: Any, categories: dict[Any, str], images: Path) -> list[tuple[str, Path, str]]:
-    """Of a COCO-style file, with category names by id."""
-    labels: dict[Any, set[str]] = {}
+def _of_records(
+    path: Path, document: Any, categories: dict[str, str], images: Path
+) -> tuple[list[tuple[str, Path, str]], list[str]]:
+    """Pictures of a COCO-style file, with category names by id, and messages about annotations of none of them."""
+    labels: dict[str, set[str]] = {}
     for record in list_of(document, "annotations", path):
-        labels.setdefault(record.get("image_id"), set()).add(categories.get(record.get("category_id"), ""))
+        labels.setdefault(str(record.get("image_id")), set()).add(categories.get(str(record.get("category_id")), ""))
     pictures = []
     for image in list_of(document, "images", path):
-        number, file_name = image.get("id"), image.get("file_name")
+        number, file_name = str(image.get("id")), image.get("file_name")
         known = labels.get(number, set())
         label = min(known) if len(known) == 1 and isinstance(file_name, str) else ""
         pictures.append((f"image {number}", find_image(images, str(file_name), COCO_FOLDERS), label))
-    return pictures
+    unlisted = labels.keys() - {str(image.get("id")) for image in document["images"]}
+    return pictures, [f"annotations: there is no image {number}" for number in sorted(unlisted)]
 
 
 def read_names(path: Path) -> dict[str, str]:

@@ -29,9 +29,8 @@ from tap_llm.regions import read_mask
 from .annotations import AnnotatedPicture, Annotations, annotation_arguments
 from .average_precision import Row, average_precision
 from .base import Benchmark, Case, Prediction, Run, Scores, describe_model
-from .boxes import BoxSource, Detections, TrueBoxes
+from .boxes import BoxSource, Detections, TrueBoxes, false_alarm
 from .command import benchmark_parser, cli, common_arguments, evaluate, finish, load_pipeline, parse
-from .mending import no_mask
 from .overlap import iou
 from .prompting import Answer, answer_boxes
 from .region_cases import ends
@@ -82,7 +81,7 @@ class Instances(Benchmark):
 
     def _regions(self, example: AnnotatedPicture, rows: list[Row], answers: Iterator[Answer]) -> list[Row]:
         found = [
-            {**row, "segmentation": next(answers).rle() if row["bbox"] else no_mask(*example.size)} for row in rows
+            {**row, "segmentation": next(answers).rle() if row["bbox"] else false_alarm(*example.size)} for row in rows
         ]
         truths = example.sound if self.measures_iou else []
         for row, record in zip(found, truths, strict=False):

@@ -245,6 +245,8 @@ def load_judge(args: argparse.Namespace) -> Judge:
     if args.judge_replay is not None:
         replies = Replies(args.judge_replay, read_only=True)
         return Judge(args.judge_model or _only_model(replies), replies, workers=1)
+    if not args.judge_timeout > 0:
+        raise InputError(f"--judge-timeout must be above 0, got {args.judge_timeout}")
     if not args.judge_model:
         raise InputError("name the judge with --judge-model, as the server of --judge-url knows it")
     endpoint = Endpoint(args.judge_url, _key(args.judge_key_env), args.judge_timeout, max(0, args.judge_retries))

@@ -34,18 +34,22 @@ class LabelledPicture(Example):
         place: among the pictures of the data set.
         path: of the picture, which may be missing.
         labels: (H, W) int32: 0 background, 1 … n the classes, -1 void.
+        problem: what is wrong with some of the labels, so that all others count as wrong; "" where nothing is.
     """
 
     place: int
     path: Path
     labels: NDArray[np.int32]
+    problem: str = ""
 
     def load(self) -> Image.Image:
         """The picture, RGB.
 
         Raises:
-            InputError: it is missing, damaged, or of another size than its labels.
+            InputError: it has a problem, is missing, damaged, or of another size than its labels.
         """
+        if self.problem:
+            raise InputError(self.problem)
         image = load_image(self.path)
         height, width = self.labels.shape
         if (image.height, image.width) != (height, width):
@@ -72,15 +76,16 @@ class LabelledPictures(Dataset[LabelledPicture]):
 
     def __getitem__(self, index: int) -> LabelledPicture:
         try:
-            labels = self.labels(index)
+            labels, problem = self.labels(index)
         except InputError as error:
             raise type(error)(f"{self.ids[index]}: {error}") from error
         path = self.picture(index)
-        return LabelledPicture(self.ids[index], fingerprint(labels, file_digest(path)), index, path, labels)
+        seal = fingerprint(labels, file_digest(path), problem)
+        return LabelledPicture(self.ids[index], seal, index, path, labels, problem)
 
     @abstractmethod
-    def labels(self, index: int) -> NDArray[np.int32]:
-        """As in `LabelledPicture`."""
+    def labels(self, index: int) -> tuple[NDArray[np.int32], str]:
+        """Labels and problem, as in `LabelledPicture`."""
 
     @abstractmethod
     def picture(self, index: int) -> Path:
@@ -128,14 +133,14 @@ class LabelFolder(LabelledPictures):
             raise MissingFileError(f"there is no list of pictures {listed}")
         return listed.read_text(encoding="utf-8").split()
 
-    def labels(self, index: int) -> NDArray[np.int32]:
+    def labels(self, index: int) -> tuple[NDArray[np.int32], str]:
         with open_image(self.folder / f"{self.ids[index]}{self.layout.suffix}", "labels") as image:
             values = np.asarray(image)
         if values.ndim != 2 or values.dtype == bool:
             raise InputError("labels: expected grey values or palette indices, one per pixel")
         labels = values.astype(np.int32) - self.layout.first + 1
         known = (labels <= len(self.queries)) & (values != (255 if values.dtype == np.uint8 else 65535))
-        return np.where(known & (labels > 0 if not self.layout.background else labels >= 0), labels, VOID)
+        return np.where(known & (labels > 0 if not self.layout.background else labels >= 0), labels, VOID), ""
 
     def picture(self, index: int) -> Path:
         candidates = [self.images / f"{self.ids[index]}{end}" for end in _PICTURES]
@@ -170,14 +175,18 @@ class LabelRecords(LabelledPictures):
         ids = [self._samples.where(place) for place in range(len(self._samples))]
         super().__init__(queries or names, ids, self._samples.faults)
 
-    def labels(self, index: int) -> NDArray[np.int32]:
+    def labels(self, index: int) -> tuple[NDArray[np.int32], str]:
         sample = self._samples[index]
         labels = np.full(sample.image_size(), self._empty, dtype=np.int32)
+        problems = []
         for region in sample.regions:
-            if "mask" not in region or region.get("category") not in self._label:
-                raise InputError(f"region {region.get('id')} has no mask, or no category of the file")
-            labels[read_mask(region["mask"], *labels.shape)] = self._label[region["category"]]
-        return labels
+            try:
+                if "mask" not in region or region.get("category") not in self._label:
+                    raise InputError("there is no mask, or no category of the file")
+                labels[read_mask(region["mask"], *labels.shape)] = self._label[region["category"]]
+            except InputError as error:
+                problems.append(f"region {region.get('id')}: {error}")
+        return labels, "; ".join(problems)
 
     def picture(self, index: int) -> Path:
         return Path(self._samples[index].image)

@@ -6,6 +6,7 @@ to one that nothing is predicted for. A number that is used twice is replaced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -25,6 +26,11 @@ _ID_ZERO = "annotation 0: the reference implementations take a match with the id
 def is_id(value: Any) -> TypeGuard[int]:
     """Whether a value can be the id of something: a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value can be a score or an area: finite, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def known(value: Any, ids: Container[int]) -> TypeGuard[int]:
@@ -84,9 +90,19 @@ class Mender:
         problems = self._place(mended) or [*self._mask(mended), *self._box(mended)]
         if problems:
             mended["problem"] = "; ".join(problems)
-            self.faults.append(f"annotation {record.get('id', number)}: {mended['problem']}")
-        mended.setdefault("area", self._area(mended))
+        self._sums(mended, problems)
+        self.faults += [f"annotation {record.get('id', number)}: {'; '.join(problems)}"] if problems else []
         return mended
+
+    def _sums(self, mended: Record, problems: list[str]) -> None:
+        """Area and "iscrowd" as numbers; a broken one is named, and does not keep the region from being found."""
+        area, crowd = mended.get("area"), mended["iscrowd"]
+        if crowd not in (0, 1):
+            problems.append(f'"iscrowd" must be 0 or 1, got {crowd!r}: it counts as 0')
+            mended["iscrowd"] = 0
+        if not is_number(area):
+            problems += [] if area is None else [f'"area" must be a number, got {area!r}: it is measured']
+            mended["area"] = self._area(mended)
 
     def _place(self, mended: Record) -> list[str]:
         """Picture and category, or what stands for them."""

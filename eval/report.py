@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -72,8 +73,21 @@ class Results:
 
     @property
     def model(self) -> str:
-        """As the user called it."""
-        return str(self.found["model"].get("name", self.path.stem))
+        """As the user called it; of a run with --limit that says so."""
+        name, limit = str(self.found["model"].get("name", self.path.stem)), self.found.get("limit")
+        return name if limit is None else f"{name}, first {limit} only"
+
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The metric of each class, where the benchmark tells them apart."""
+        classes = self.found["metrics"].get("classes")
+        known = classes if isinstance(classes, Mapping) else {}
+        return {name: next(iter(values.values()), None) for name, values in known.items()}
+
+    @property
+    def overall(self) -> dict[str, Any]:
+        """All other metrics."""
+        return {name: value for name, value in self.found["metrics"].items() if name != "classes" or not self.classes}
 
 
 def _read_json(path: Path) -> Any:
@@ -89,23 +103,43 @@ def _read_json(path: Path) -> Any:
 def tables(results: Sequence[Results]) -> dict[str, list[Row]]:
     """A table per protocol: its head, and a row per result and group of metrics.
 
-    Metrics that no result has are left out; what only some have is "-" for the others.
+    Metrics that no result has are left out; what only some have is "-" for the others. Models of one name are told
+    apart by their files. Classes one by one have a table of their own.
     """
-    return {
-        protocol: _table([one for one in results if one.found["protocol"] == protocol])
-        for protocol in dict.fromkeys(one.found["protocol"] for one in results)
-    }
+    found = {}
+    for protocol in dict.fromkeys(one.found["protocol"] for one in results):
+        chosen = [one for one in results if one.found["protocol"] == protocol]
+        found[protocol] = _table(chosen)
+        if any(one.classes for one in chosen):
+            found[f"{protocol}, by class"] = _class_table(chosen)
+    return found
+
+
+def _names(results: Sequence[Results]) -> list[str]:
+    """Of the models; with the file where one name occurs twice."""
+    models = Counter(one.model for one in results)
+    return [one.model if models[one.model] == 1 else f"{one.model} ({one.path.stem})" for one in results]
+
+
+def _class_table(results: Sequence[Results]) -> list[Row]:
+    """A row per class, a column per result."""
+    names = dict.fromkeys(name for one in results for name, value in one.classes.items() if value is not None)
+    return [["class", *_names(results)], *([name, *(cell(one.classes.get(name)) for one in results)] for name in names)]
 
 
 def _table(results: Sequence[Results]) -> list[Row]:
-    rows = [(one, group, values) for one in results for group, values in groups_of(one.found["metrics"])]
-    names = dict.fromkeys(name for _, _, values in rows for name in values if values[name] is not None)
+    rows = [
+        (one, name, group, values)
+        for one, name in zip(results, _names(results), strict=True)
+        for group, values in groups_of(one.overall)
+    ]
+    names = dict.fromkeys(metric for *_, values in rows for metric in values if values[metric] is not None)
     lines = [
-        [one.model, group, *(cell(values.get(name)) for name in names), str(len(one.found["faults"]))]
-        for one, group, values in rows
+        [name, group, *(cell(values.get(metric)) for metric in names), str(len(one.found["faults"]))]
+        for one, name, group, values in rows
     ]
     table = [["model", "group", *names, "faults"], *lines]
-    return table if any(group for _, group, _ in rows) else [[row[0], *row[2:]] for row in table]
+    return table if any(group for _, _, group, _ in rows) else [[row[0], *row[2:]] for row in table]
 
 
 def groups_of(metrics: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,7 +161,7 @@ def markdown(results: Sequence[Results]) -> str:
 
 def _markdown_table(table: Sequence[Row]) -> str:
     head, *rows = [[_plain(text) for text in row] for row in table]
-    rule = ["---", *["---:"] * (len(head) - 1)]
+    rule = ["---" if name in ("model", "group", "class") else "---:" for name in table[0]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 

@@ -152,21 +152,24 @@ class Merged:
     unusable: int = 0
 
 
-def merge(shares: Sequence[Share], stored: StoredPredictions) -> Merged:
-    """Put together what processes did; an id that was there before is a fault."""
+def merge(shares: Sequence[Share], stored: StoredPredictions, benchmark: Benchmark) -> Merged:
+    """Put together what processes did; the second example of one id counts as wrong."""
     merged = Merged(sorted((one for share in shares for one in share.outcomes), key=lambda one: one.index))
     seen: set[str] = set()
     for outcome in merged.outcomes:
-        if outcome.id in seen:
-            outcome.fault = f"this id is used twice; example {outcome.index} does not count"
+        name = outcome.id
+        if name in seen:
+            outcome.fault = f"this id is used twice; example {outcome.index} counts as wrong"
+            outcome.truth = benchmark.truth(benchmark.examples()[outcome.index])
+            name = f"{name} (example {outcome.index})"
         if outcome.fault:
             merged.faults.append(outcome.describe())
-        if outcome.id is None or outcome.id in seen:
+        if name is None:
             merged.unusable += 1
             continue
-        seen.add(outcome.id)
+        seen.add(name)
         answer = {**outcome.truth, "fault": outcome.fault} if outcome.fault else stored[outcome.key]
-        merged.predictions.append({**answer, "id": outcome.id})
+        merged.predictions.append({**answer, "id": name})
     return merged
 
 

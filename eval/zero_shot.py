@@ -83,14 +83,16 @@ class ZeroShot(Benchmark):
         labels = [prediction["label"] for prediction in predictions]
         total = Counter(labels)
         right = Counter(label for label, rank in zip(labels, ranks, strict=True) if rank == 0)
+        pictures = len(ranks) + len(self.pictures.strays)
         metrics = {
-            "pictures": len(predictions),
+            "pictures": pictures,
             "classes": len(self.labels),
-            "top1": sum(rank == 0 for rank in ranks) / len(ranks),
-            f"top{TOP}": sum(rank < TOP for rank in ranks) / len(ranks),
+            "top1": sum(rank == 0 for rank in ranks) / pictures,
+            f"top{TOP}": sum(rank < TOP for rank in ranks) / pictures,
             "class_top1": sum(right[label] / count for label, count in total.items()) / len(total),
         }
-        return Scores(metrics, cases=[self._case(row) for row in ends(predictions, _margin)])
+        cases = [self._case(row) for row in ends(predictions, _margin)]
+        return Scores(metrics, cases=cases, faults=self.pictures.strays)
 
     def _case(self, prediction: Prediction) -> Case:
         names = self.pictures.classes

@@ -79,6 +79,17 @@ def test_broken_record_is_named_and_cannot_be_found(tmp_path, more, fault):
     assert file.strays == ("image_id" in more)
 
 
+@pytest.mark.parametrize(
+    ("more", "fault"), [({"area": "big"}, '"area" must be a number'), ({"iscrowd": "1"}, '"iscrowd" must be 0 or 1')]
+)
+def test_broken_number_is_named_and_the_region_counts(tmp_path, more, fault):
+    file = read(tmp_path, {**annotation(1, 1, BOX), **more})
+    assert len(file.faults) == 1
+    assert fault in file.faults[0]
+    (record,) = file[0].sound
+    assert (record["area"], record["iscrowd"]) == (BOX[2] * BOX[3], 0)
+
+
 def test_damaged_mask_matters_only_where_masks_do(tmp_path):
     assert read(tmp_path, annotation(1, 1, BOX, segmentation=SMALL), masks=False).faults == []
 

@@ -113,6 +113,19 @@ def test_half_written_line_is_cut_off(go, out):
     assert cache.read_bytes() == whole
 
 
+@pytest.mark.parametrize("line", [b"{}", b"5", b'{"id": 1}', b'"', b"\xff"])
+def test_what_follows_a_broken_line_is_made_anew(go, out, line):
+    go(Squares([1, 2, 3]))
+    cache = predictions_path(out)
+    whole = cache.read_bytes()
+    lines = whole.splitlines()
+    cache.write_bytes(b"\n".join([*lines[:2], line, *lines[3:], b""]))
+    again = Squares([1, 2, 3])
+    go(again)
+    assert again.asked == ["1", "2"]
+    assert cache.read_bytes() == whole
+
+
 def test_finished_run_is_only_scored_again(go):
     first = go(Squares([1, 2, 3])).results
     again = Squares([1, 2, 3])
@@ -207,10 +220,16 @@ def test_second_use_of_an_id_is_a_fault(go):
         def __getitem__(self, index):
             return super().__getitem__(0 if index == 2 else index)
 
+        def truth(self, example):
+            return {"number": self.numbers[int(example.id)]}
+
+        def score(self, predictions):
+            return Scores({"seen": [[one["id"], one["number"], one.get("value")] for one in predictions]})
+
     results = go(Twice([1, 2, 3])).results
-    assert results["faults"] == ["0: this id is used twice; example 2 does not count"]
-    assert (results["examples"], results["examples_unusable"]) == (2, 1)
-    assert results["metrics"]["mean"] == 2.5
+    assert results["faults"] == ["0: this id is used twice; example 2 counts as wrong"]
+    assert (results["examples"], results["examples_unusable"]) == (3, 0)
+    assert results["metrics"]["seen"] == [["0", 1, 1], ["1", 2, 4], ["0 (example 2)", 1, None]]
 
 
 def test_faults_of_scores_are_kept(go):

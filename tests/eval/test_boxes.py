@@ -38,6 +38,7 @@ def test_detections_by_picture(file, tmp_path):
         ({"category_id": 9}, "of a category that annotations.json does not list", {"category_id": 4}),
         ({"score": float("nan")}, "have no score", {"score": 1.0}),
         ({"score": "high"}, "have no score", {"score": 1.0}),
+        ({"score": True}, "have no score", {"score": 1.0}),
         ({"bbox": None}, "have no box", {"bbox": None}),
         ({"bbox": [90, 0, 5, 5]}, "have no box", {"bbox": None}),
         ({"bbox": [1, 1, -5, 5]}, "have no box", {"bbox": None}),

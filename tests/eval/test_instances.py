@@ -136,8 +136,16 @@ def test_unusable_detection_is_a_false_alarm(go, more, lvis):
     rows = [detection(1, 1, BOXES[0], 0.5), {**detection(1, 1, BOXES[1], 0.9), **more}]
     results = go(coco_document([annotation(1, 1, BOXES[0])], lvis=lvis), rows)
     assert len(results["faults"]) == 1
-    small_masks_count = not lvis or "image_id" in more  # the LVIS API leaves out detections without a pixel
-    assert results["metrics"]["AP"] == pytest.approx(0.5 if small_masks_count else 1)
+    assert results["metrics"]["AP"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("more", [{"image_id": 9, "bbox": None}, {"bbox": None}])
+@pytest.mark.parametrize("lvis", [False, True])
+def test_only_unusable_detections_find_nothing(go, more, lvis):
+    if lvis:
+        pytest.importorskip("lvis")
+    rows = [{**detection(1, 1, BOXES[0], 0.5), **more}]
+    assert go(coco_document([annotation(1, 1, BOXES[0])], lvis=lvis), rows)["metrics"]["AP"] == 0
 
 
 def test_double_ids_are_two_regions(go):

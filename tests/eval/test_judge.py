@@ -223,6 +223,7 @@ def test_judge_of_the_command_line(tmp_path, monkeypatch):
         ([], "give either --judge-url or --judge-replay"),
         (["--judge-url", "http://x/v1", "--judge-replay", "f"], "give either"),
         (["--judge-url", "http://x/v1"], "name the judge with --judge-model"),
+        (["--judge-url", "http://x/v1", "--judge-model", "m", "--judge-timeout", "-1"], "must be above 0"),
         (["--judge-url", "ftp://x/v1", "--judge-model", "m"], "must begin with http://"),
         (["--judge-url", "http://x/v1", "--judge-model", "m", "--judge-key-env", "NOT_SET"], "NOT_SET: there is no"),
         (["--judge-url", "http://x/v1", "--judge-model", "m", "--judge-key-env", "ODD"], "is no key"),

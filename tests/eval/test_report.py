@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from eval.base import cases_path
+from eval.case_drawing import draw_case
 from eval.cases import embedded, extremes
 from eval.command import cli
 from eval.report import Results, main, markdown, page, tables
@@ -64,8 +65,43 @@ def test_markdown_keeps_its_columns(tmp_path):
     path = write_results(tmp_path / "a.json", name="a|b <i>\nc")
     lines = markdown([Results.read(path)]).splitlines()
     assert lines[0] == "### mine-v1"
-    assert lines[2:] == ["| model | group | miou | faults |", "| --- | ---: | ---: | ---: |",
+    assert lines[2:] == ["| model | group | miou | faults |", "| --- | --- | ---: | ---: |",
                          "| a\\|b &lt;i&gt; c | all | 0.500 | 0 |"]  # fmt: skip
+
+
+def test_what_could_be_mistaken_is_told_apart(tmp_path):
+    """Two files of one model, a run with --limit, and one number per class."""
+    classes = {"miou": 0.5, "classes": {"cat": {"iou": 1.0}, "sky": {"iou": None}}}
+    paths = [
+        write_results(tmp_path / "a.json", metrics=classes),
+        write_results(tmp_path / "b.json", metrics=classes),
+        write_results(tmp_path / "c.json", limit=9, metrics={"classes": 7}),
+    ]
+    found = tables([Results.read(path) for path in paths])
+    names = ["tap-a (a)", "tap-a (b)", "tap-a, first 9 only"]
+    assert found["mine-v1"] == [
+        ["model", "miou", "classes", "faults"],
+        [names[0], "0.500", "-", "0"],
+        [names[1], "0.500", "-", "0"],
+        [names[2], "-", "7", "0"],
+    ]
+    assert found["mine-v1, by class"] == [["class", *names], ["cat", "1.000", "1.000", "-"]]
+
+
+def test_small_regions_are_shown_from_near():
+    """A spot of 8 of 800 pixels: what is drawn is the colour around it, not that of the rest."""
+    image = Image.new("RGB", (800, 400), "white")
+    image.paste(RED, (600, 150, 800, 350))
+    spot = np.zeros((400, 800), dtype=bool)
+    spot[240:248, 700:708] = True
+    region = {"mask": encode_rle(spot), "region": {"box": [700, 240, 708, 248], "points": [[704, 244]]}}
+    small = draw_case(case(0.0, image=embedded(image), truth=[region]))
+    assert small.height == small.width
+    assert all(np.abs(np.array(small.getpixel((x, 415))) - RED).max() < 40 for x in (5, 200, 415))
+    spot[:, 100:700] = True
+    large = draw_case(case(0.0, image=embedded(image), truth=[{"mask": encode_rle(spot)}]))
+    assert large.getpixel((5, 5)) == (255, 255, 255)
+    assert large.height == large.width // 2
 
 
 def test_page_needs_nothing_else_and_escapes_everything(tmp_path):
@@ -129,7 +165,7 @@ def test_missing_pictures_are_named(tmp_path, image, message):
 def test_mask_of_another_size_is_named(tmp_path):
     wrong = [{"mask": {"size": [2, 2], "counts": [0, 4]}}]
     results = Results.read(write_results(tmp_path / "a.json", cases=[case(0, image=embedded(picture()), truth=wrong)]))
-    assert "has shape (2, 2)" in page([results])
+    assert "a mask has shape (2, 2)" in page([results])
 
 
 def test_command(tmp_path, capsys):

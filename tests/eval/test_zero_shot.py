@@ -89,7 +89,7 @@ def test_pictures_of_a_file(tmp_path: Path) -> None:
         "categories": [{"id": 5, "name": "ant"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}],
         "annotations": [
             {"image_id": 0, "category_id": 2}, {"image_id": 0, "category_id": 2}, {"image_id": 1, "category_id": 2},
-            {"image_id": 1, "category_id": 5}, {"image_id": 2, "category_id": 9},
+            {"image_id": 1, "category_id": 5}, {"image_id": 2, "category_id": 9}, {"image_id": 7, "category_id": [5]},
         ],
     }  # fmt: skip
     write_answer(tmp_path / "0.png", [[2]])
@@ -98,8 +98,9 @@ def test_pictures_of_a_file(tmp_path: Path) -> None:
     assert list(pictures.classes) == ["ant", "cat", "dog"]
     assert [picture.label for picture in pictures] == ["cat", "", "", ""]
     found = run_quietly(ZeroShot(Scripted(), pictures), tmp_path / "r.json").results  # type: ignore[arg-type]
-    assert found["metrics"]["top1"] == found["metrics"]["top5"] == 0.25
-    assert len(found["faults"]) == 3 and "exactly one of the categories" in found["faults"][0]
+    assert found["metrics"]["top1"] == found["metrics"]["top5"] == 0.2
+    assert len(found["faults"]) == 4 and "exactly one of the categories" in found["faults"][0]
+    assert found["faults"][-1] == "annotations: there is no image 7"
 
 
 def test_names_and_templates(folder: Path, tmp_path: Path) -> None:
