@@ -1,6 +1,6 @@
 """Train a small CLIP from nothing on the scene world, for finding things by text without a download.
 
-    accelerate launch -m training.clip --config configs/tap_tiny_clip/clip.yaml [key=value …] [--resume]
+    accelerate launch -m training.clip --config configs/tap_tiny_clip/1_clip.yaml [key=value …] [--resume]
 
 The result is a plain CLIP of Transformers with its tokenizer and image processor, for both parts of CaR: patches know
 their words, Grad-CAMs cover what they are asked for, and the class token names what a blurred, grey, black or circled
@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tap_llm.clip_as_rnn.loading import Clip, load_clip
+from tap_llm.data.crops import CropSettings
 from tap_llm.errors import InputError
 
 from .byte_level import kept_tokenizer
@@ -33,8 +37,11 @@ MAX_TEXT = 77  # tokens, as in other CLIPs
 
 @dataclass
 class ClipSize:
-    """Size of the model."""
+    """Which model is trained."""
 
+    start: str | None = None
+    """CLIP to go on with: a folder, a bundled name or a hub id, with its tokenizer; the sizes below are then its own.
+    None: fresh weights."""
     image_size: int = 192
     patch_size: int = 16
     hidden_size: int = 192
@@ -53,7 +60,7 @@ class ClipSize:
     def check(self) -> None:
         """Raise InputError for settings that cannot be."""
         for name, value in vars(self).items():
-            if name != "half" and value < 1:
+            if name not in ("start", "half") and value < 1:
                 raise InputError(f"model.{name} must be at least 1, got {value}")
         for size, parts in (
             ("image_size", "patch_size"), ("hidden_size", "heads"), ("text_hidden_size", "text_heads"),
@@ -81,9 +88,13 @@ def main(config: ClipTrainConfig) -> Path:
     check(run, config.optimizer)
     size.check()
     set_seed(run.seed)
-    pictures = ClipPictures(config.data, size.image_size, size.patch_size, run.seed)
-    tokenizer = make_tokenizer(pictures, config)
-    clip, processor = make_clip(size, tokenizer), make_image_processor(size)
+    start = load_start(size.start) if size.start is not None else None
+    sides: Any = size if start is None else start.model.config.vision_config
+    pictures = ClipPictures(config.data, sides.image_size, sides.patch_size, run.seed)
+    tokenizer = make_tokenizer(pictures, config, start)
+    clip = make_clip(size, tokenizer) if start is None else start.model
+    clip.set_attn_implementation("eager")  # gives gradients of gradients, and is faster than others on CPUs
+    processor = make_image_processor(CropSettings.of_tower(clip) if start is None else start.settings)
 
     def batches(source: ClipPictures, length: int | None = None) -> ClipBatches:
         return ClipBatches(source, tokenizer, run.batch_size, length)
@@ -102,8 +113,23 @@ def main(config: ClipTrainConfig) -> Path:
     return fit(recipe, run, config.optimizer, to_dict(config))
 
 
-def make_tokenizer(pictures: ClipPictures, config: ClipTrainConfig) -> PreTrainedTokenizerFast:
-    """A tokenizer for what is said of the pictures, kept in the run's folder; a resumed run takes the one there."""
+def load_start(name: str) -> Clip:
+    """The CLIP to go on with, in float32.
+
+    Raises:
+        InputError: it cannot be used, or has no tokenizer.
+    """
+    start = load_clip(name, torch.float32)
+    if start.tokenizer is None:
+        raise InputError(f"model.start={name} has no tokenizer, without which it cannot go on")
+    return start
+
+
+def make_tokenizer(pictures: ClipPictures, config: ClipTrainConfig, start: Clip | None) -> PreTrainedTokenizerFast:
+    """That of the start, or one for what is said of the pictures; kept in the run's folder, where a resumed run finds
+    it."""
+    if start is not None:
+        return kept_tokenizer(config.run, lambda: start.tokenizer)
     texts = pictures.texts(TOKENIZER_ROUNDS)
     return kept_tokenizer(config.run, lambda: train_clip_tokenizer(texts, config.model.vocabulary, MAX_TEXT))
 
@@ -122,15 +148,16 @@ def make_clip(size: ClipSize, tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
         "intermediate_size": size.mlp, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
         "projection_dim": size.projection, "hidden_act": "gelu",
     }  # fmt: skip
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.projection))
-    clip.set_attn_implementation("eager")  # gives gradients of gradients, and is faster than others on CPUs
-    return clip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.projection))
 
 
-def make_image_processor(size: ClipSize) -> CLIPImageProcessorPil:
+def make_image_processor(settings: CropSettings) -> CLIPImageProcessorPil:
     """CLIP's own: shortest side to the image size, bicubic, then the centre of it; needs no torchvision."""
-    side = size.image_size
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    side = settings.size
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+        image_mean=list(settings.mean), image_std=list(settings.std),
+    )  # fmt: skip
 
 
 def save_clip(

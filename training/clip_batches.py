@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tap_llm.data.scenes import Scene, SceneComposer
 from tap_llm.data.shapes import SHAPE_COLOURS, SHAPE_NAMES
+from tap_llm.data.sprites import SpriteLibrary
 from tap_llm.data.wording import Thing, pick, with_article
 from tap_llm.errors import InputError
 
@@ -41,12 +42,16 @@ class ClipDataConfig:
     """Share of the sprite names of each subgroup that is never shown."""
     shape_share: float = 0.15
     """Share of drawn shapes among the objects."""
+    bundled_share: float = 0.0
+    """Share of pictures that show the bundled pictograms and drawn shapes alone, half of them on drawn backgrounds."""
     mosaic_share: float = 0.5
     """Share of pictures that are mosaics of single objects, from which names are learned fastest."""
     mosaic_grid: list[int] = field(default_factory=lambda: [2, 4])
     """Fewest and most cells a side of mosaics."""
     scene_side: list[int] = field(default_factory=lambda: [192, 320])
-    """Smallest and largest side of scenes in pixels; a random window of them is shown."""
+    """Smallest and largest longer side of scenes in pixels; a random window of them is shown."""
+    aspect: float = 1.5
+    """Largest ratio of the sides of scenes; what is shown of them is squashed into a square, as CaR does for g."""
     alone_share: float = 0.15
     """Share of views that show one large object by itself."""
     background_share: float = 0.1
@@ -58,11 +63,15 @@ class ClipDataConfig:
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be."""
-        for name in ("mosaic_share", "alone_share", "background_share"):
+        for name in ("bundled_share", "mosaic_share", "alone_share", "background_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.alone_share + self.background_share > 1:
             raise InputError("data.alone_share and data.background_share must add up to at most 1")
+        if self.bundled_share and self.hold_out:
+            raise InputError("data.bundled_share would show names that data.hold_out leaves out: set one of them to 0")
+        if not 1 <= self.aspect <= 4:
+            raise InputError(f"data.aspect must lie between 1 and 4, got {self.aspect}")
         if self.distractors < 0 or self.background_words < 1:
             raise InputError("data.distractors must not be negative, and data.background_words at least 1")
         for name, pair in (("scene_side", self.scene_side), ("mosaic_grid", self.mosaic_grid)):
@@ -97,28 +106,30 @@ class ClipPictures:
         side: S.
         patch: side of a patch in pixels.
         seed: another seed, other pictures.
-        composer: of scenes; made by default.
+        composers: of scenes with all objects, and with the bundled ones; made by default.
 
     Raises:
         InputError: settings that cannot be, or data that cannot be read.
     """
 
     def __init__(
-        self, config: ClipDataConfig, side: int, patch: int, seed: int = 0, composer: SceneComposer | None = None
+        self,
+        config: ClipDataConfig,
+        side: int,
+        patch: int,
+        seed: int = 0,
+        composers: tuple[SceneComposer, SceneComposer] | None = None,
     ) -> None:
         config.check()
         self.config, self.side, self.patch, self.seed = config, side, patch, seed
-        drawn = DataConfig(
-            sprites=config.sprites, backgrounds=config.backgrounds, hold_out=config.hold_out,
-            shape_share=config.shape_share,
-        )  # fmt: skip
-        self.composer = composer or make_composers(drawn)[0]
-        self.vocabulary = things_of(self.composer)
+        self.composers = composers or _composers(config)
+        used = self.composers if config.bundled_share else self.composers[:1]
+        self.vocabulary = list(dict.fromkeys(thing for composer in used for thing in things_of(composer)))
         self.names = {thing.name for thing in self.vocabulary}
 
     def for_validation(self) -> ClipPictures:
         """Other pictures of the same kind."""
-        return ClipPictures(self.config, self.side, self.patch, VALIDATION_SEED, self.composer)
+        return ClipPictures(self.config, self.side, self.patch, VALIDATION_SEED, self.composers)
 
     def texts(self, count: int) -> Iterator[str]:
         """What may be said of every object, several times in other words, to train a tokenizer on."""
@@ -130,19 +141,30 @@ class ClipPictures:
     def __getitem__(self, number: int) -> ClipPicture:
         rng = np.random.default_rng((self.seed, number))
         config, seed, side = self.config, int(rng.integers(2**62)), self.side
+        composer = self.composers[int(rng.random() < config.bundled_share)]
         if rng.random() < config.mosaic_share:
             low, high = config.mosaic_grid
-            scene = self.composer.mosaic(seed, (side, side), grid=int(rng.integers(low, high + 1)))
+            scene = composer.mosaic(seed, (side, side), grid=int(rng.integers(low, high + 1)))
             image, ids = scene.image, painted(scene)
         else:
-            longer = int(rng.integers(config.scene_side[0], config.scene_side[1] + 1))
-            scene = self.composer.scene(seed, (longer, longer))
+            scene = composer.scene(seed, self._scene_size(rng))
             image, ids = window(rng, scene.image, painted(scene), side)
-        view, viewed = self._view(rng, image, ids, scene.things)
+        view, viewed = self._view(rng, image, ids, scene.things, composer)
         return ClipPicture(image, ids, scene.things, view, viewed)
 
+    def _scene_size(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Width and height, either the longer."""
+        longer = int(rng.integers(self.config.scene_side[0], self.config.scene_side[1] + 1))
+        shorter = round(longer / rng.uniform(1, self.config.aspect))
+        return (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
+
     def _view(
-        self, rng: np.random.Generator, image: NDArray[np.uint8], ids: NDArray[np.int64], things: list[Thing]
+        self,
+        rng: np.random.Generator,
+        image: NDArray[np.uint8],
+        ids: NDArray[np.int64],
+        things: list[Thing],
+        composer: SceneComposer,
     ) -> tuple[NDArray[np.uint8], Thing | None]:
         """One object of the picture or its background pointed at, or another object alone."""
         kind, config = rng.random(), self.config
@@ -151,7 +173,7 @@ class ClipPictures:
         if blob is not None and blob.any():
             return view_of(rng, image, blob, self.patch), None
         if not visible or kind < config.background_share + config.alone_share:
-            scene = self.composer.mosaic(int(rng.integers(2**62)), (self.side, self.side), grid=1)
+            scene = composer.mosaic(int(rng.integers(2**62)), (self.side, self.side), grid=1)
             return scene.image, scene.things[0] if scene.things else None
         chosen = pick(rng, visible)
         return view_of(rng, image, ids == chosen, self.patch), things[chosen]
@@ -224,6 +246,16 @@ def positives(things: Sequence[Thing | None], phrases: Sequence[Phrase], words: 
     return table
 
 
+def _composers(config: ClipDataConfig) -> tuple[SceneComposer, SceneComposer]:
+    """Of scenes with all objects, and of those with the bundled ones."""
+    drawn = DataConfig(
+        sprites=config.sprites, backgrounds=config.backgrounds, hold_out=config.hold_out,
+        shape_share=config.shape_share,
+    )  # fmt: skip
+    bundled = SceneComposer(SpriteLibrary.bundled(), config.backgrounds, config.shape_share, drawn_share=0.5)
+    return make_composers(drawn)[0], bundled
+
+
 def things_of(composer: SceneComposer) -> list[Thing]:
     """Every object that the composer may draw, in words."""
     sprites = composer.sprites.sprites if composer.sprites is not None else ()
@@ -243,17 +275,14 @@ def painted(scene: Scene) -> NDArray[np.int64]:
 def window(
     rng: np.random.Generator, image: NDArray[np.uint8], ids: NDArray[np.int64], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A random square window of a square picture, as large as `side` or larger, brought to that side."""
-    whole = len(image)
-    length = int(rng.integers(min(side, whole), whole + 1))
-    top, left = rng.integers(whole - length + 1, size=2).tolist()
-    image = image[top : top + length, left : left + length]
-    ids = ids[top : top + length, left : left + length]
-    if length == side:
-        return image, ids
-    places = ((np.arange(side) + 0.5) * length / side).astype(int)
+    """A random window of a picture, in its form and at least about as large as `side`, squashed to a square."""
+    share = rng.uniform(min(1.0, side / min(ids.shape)), 1)
+    height, width = (max(1, round(whole * share)) for whole in ids.shape)
+    top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(ids.shape, (height, width), strict=True))
+    image = image[top : top + height, left : left + width]
+    rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in (height, width))
     resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=1.5)
-    return np.asarray(resized), ids[places][:, places]
+    return np.asarray(resized), ids[top + rows][:, left + columns]
 
 
 def _regions(shown: Sequence[ClipPicture], grid: int) -> tuple[NDArray[np.float32], NDArray[np.int64], list[Thing]]:

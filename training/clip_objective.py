@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
+
+from tap_llm.clip_as_rnn.affinity import attention_affinity
 
 from .recipe import Metrics, Sums
 
@@ -43,6 +46,8 @@ class ClipLossConfig:
     """The class tokens of pictures and their captions find each other."""
     cam: float = 1.0
     """The Grad-CAM of an object's phrase has the form of the object: one minus the cosine of both maps."""
+    affinity: float = 1.0
+    """So does the CAM after CaR has refined it by the attention of all blocks, which learns to group patches."""
     smoothing: float = 0.05
     """Share of the probability that all texts get alike."""
 
@@ -54,10 +59,12 @@ class Seen:
     Attributes:
         normed: (D + V, 1 + n, d) output of the last block's first layer norm: what CAMs are made of.
         tokens: (D + V, 1 + n, d) final tokens after the last layer norm.
+        attention: (D + V, n, n) mean over heads and blocks of the attention between patches.
     """
 
     normed: Tensor
     tokens: Tensor
+    attention: Tensor
 
 
 class ClipObjective(nn.Module):
@@ -73,7 +80,8 @@ class ClipObjective(nn.Module):
     def __init__(self, clip: CLIPModel, mean: list[float], std: list[float], config: ClipLossConfig) -> None:
         super().__init__()
         self.clip, self.smoothing = clip, config.smoothing
-        self.weights = {name: getattr(config, name) for name in ("patch", "region", "view", "caption", "cam")}
+        names = ("patch", "region", "view", "caption", "cam", "affinity")
+        self.weights = {name: getattr(config, name) for name in names}
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -87,7 +95,7 @@ class ClipObjective(nn.Module):
             "region": float(len(batch["cover"])),
             "view": float(len(batch["images"]) - len(batch["picked"])),
             "caption": float(len(batch["picked"])),
-            "cam": float((batch["picked"] >= 0).sum()),
+            **dict.fromkeys(("cam", "affinity"), float((batch["picked"] >= 0).sum())),
         }
 
     def forward(
@@ -120,10 +128,13 @@ class ClipObjective(nn.Module):
             sums[name] = (sums[name] + self._from_texts(*pairs[name])) / 2
         rows = picked[picked >= 0]
         cams, shapes = self.cams(seen, texts, rows, cover, region_image_index, positives)
-        sums["cam"] = (1 - F.cosine_similarity(F.leaky_relu(cams, SLOPE), shapes, eps=1e-20)).sum()
+        refined = refined_cams(cams, seen.attention[region_image_index[rows]])
+        sums["cam"] = unlikeness(F.leaky_relu(cams, SLOPE), shapes)
+        sums["affinity"] = unlikeness(refined, shapes)
         with torch.no_grad():
             allowed = allowed_texts(positives, is_background, region_image_index, pictures)
-            metrics = accuracies(pairs, allowed, known, owners) | {"iou/cam": cam_overlap(cams, shapes)}
+            overlaps = {"iou/cam": cam_overlap(cams, shapes), "iou/refined": cam_overlap(refined, shapes)}
+            metrics = accuracies(pairs, allowed, known, owners) | overlaps
         return sums, metrics
 
     def text_vectors(self, input_ids: Tensor) -> Tensor:
@@ -137,13 +148,13 @@ class ClipObjective(nn.Module):
         pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         hidden = vision.pre_layrnorm(vision.embeddings(pixels))
         *blocks, last = vision.encoder.layers
+        attention = []
         for block in blocks:
-            hidden = block(hidden, None)
+            _, hidden, weights = run_block(block, hidden)
+            attention.append(weights)
         with torch.enable_grad():  # CAMs need gradients in validation too
-            normed = last.layer_norm1(hidden)
-            hidden = hidden + last.self_attn(normed)[0]
-            hidden = hidden + last.mlp(last.layer_norm2(hidden))
-            return Seen(normed, vision.post_layernorm(hidden))
+            normed, hidden, weights = run_block(last, hidden)
+            return Seen(normed, vision.post_layernorm(hidden), torch.stack([*attention, weights]).mean(0))
 
     def logits(self, tokens: Tensor, texts: Tensor) -> Tensor:
         """(N, d) final tokens and (T, e) texts -> (N, T) scaled cosines, float32."""
@@ -191,6 +202,36 @@ class ClipObjective(nn.Module):
         texts = wanted.any(0)
         losses = divergence(logits.T[texts], wanted.T[texts], self.smoothing)
         return losses.sum() * (len(logits) / max(1, len(losses)))
+
+
+def run_block(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A vision block on (N, 1 + n, d) tokens, with what CaR needs of its inside.
+
+    Returns:
+        Output of its first layer norm, its own output, and (N, n, n) attention between patches, mean over heads.
+    """
+    normed = block.layer_norm1(hidden)
+    mixed, weights = block.self_attn(normed)
+    hidden = hidden + mixed
+    return normed, hidden + block.mlp(block.layer_norm2(hidden)), weights[:, :, 1:, 1:].float().mean(1)
+
+
+def refined_cams(cams: Tensor, attention: Tensor) -> Tensor:
+    """CAMs (C, n) spread by the affinity of patches, of attention (C, n, n), as CaR does, less their minima.
+
+    Boxes around the CAM, which CaR restricts the sources to, are left out.
+    """
+    if not len(cams):
+        return cams
+    with torch.autocast(cams.device.type, enabled=False):
+        affinity = torch.stack([attention_affinity(table) for table in attention])
+        spread = torch.einsum("cnm,cm->cn", affinity, cams.float().relu())
+    return spread - spread.amin(1, keepdim=True)
+
+
+def unlikeness(maps: Tensor, shapes: Tensor) -> Tensor:
+    """One minus the cosine of each map (C, n) and its shape, summed; of any scale."""
+    return (1 - F.cosine_similarity(maps, shapes, eps=1e-20)).sum()
 
 
 def divergence(logits: Tensor, wanted: Tensor, smoothing: float) -> Tensor:

@@ -10,15 +10,16 @@ from tap_llm.masks import mask_to_box
 
 # How often each set of effects is drawn.
 EFFECTS: dict[tuple[str, ...], float] = {
-    ("blur", "gray"): 0.3,
-    ("blur",): 0.15,
-    ("gray",): 0.1,
-    ("black",): 0.15,
-    ("blur", "circle"): 0.2,
-    ("circle",): 0.1,
+    ("black",): 0.6,
+    ("blur", "gray"): 0.12,
+    ("gray",): 0.08,
+    ("blur",): 0.06,
+    ("blur", "circle"): 0.08,
+    ("circle",): 0.06,
 }
 _SETS, _BOUNDS = tuple(EFFECTS), np.cumsum(list(EFFECTS.values()))
-_COARSE = 0.6  # share of the masks that are as coarse as what a grid of patches gives
+_COARSE = 0.75  # share of the masks that are as coarse as what a grid of patches gives
+_PARTIAL = 0.6  # share of these that show some of the object only, as most CAMs do
 _RED = (255, 0, 0)
 
 
@@ -31,14 +32,14 @@ def view_of(
         rng: draws the effects, and how exact the mask is.
         image: (H, W, 3).
         mask: (H, W), not empty.
-        patch: side of a patch in pixels; coarse masks are as coarse as these.
+        patch: side of a patch in pixels; coarse masks are as coarse as these, or up to twice as fine.
 
     Returns:
         (H, W, 3) uint8.
     """
     effects = _SETS[min(int(np.searchsorted(_BOUNDS, rng.random() * _BOUNDS[-1])), len(_SETS) - 1)]
     if rng.random() < _COARSE:
-        mask = coarse(rng, mask, patch)
+        mask = coarse(rng, mask, int(rng.integers(patch // 2, patch + 1)), rng.random() < _PARTIAL)
     picture = Image.fromarray(image)
     around = picture
     if "blur" in effects:
@@ -53,13 +54,21 @@ def view_of(
     return np.asarray(picture)
 
 
-def coarse(rng: np.random.Generator, mask: NDArray[np.bool_], patch: int) -> NDArray[np.bool_]:
-    """A mask as a map of patches would give it, a little too large or too small; never empty."""
+def coarse(rng: np.random.Generator, mask: NDArray[np.bool_], patch: int, partial: bool = False) -> NDArray[np.bool_]:
+    """A mask as a map of patches would give it, a little too large or too small, or `partial`; never empty."""
     height, width = mask.shape
     grid = max(1, width // patch), max(1, height // patch)
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
     soft = np.asarray(picture.resize(grid, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR))
+    if partial:
+        soft = soft * _random_field(rng, (width, height))
     return np.asarray(soft > soft.max() * rng.uniform(0.2, 0.65))
+
+
+def _random_field(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
+    """(H, W) of smooth random values in 0.1..1, for a size (W, H)."""
+    cells = rng.uniform(0.1, 1, rng.integers(5, 10, 2)).astype(np.float32)
+    return np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR))
 
 
 def random_blob(rng: np.random.Generator, free: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -33,7 +33,7 @@ from .outputs import CarOutput, Float32Array
 from .pair_texts import PairTexts
 from .passes import FoundMasks, Pass, assemble, plan_passes
 from .picture import CarImage, is_one_colour, shrunk_pixels
-from .postprocess import drop_large, refined_masks
+from .postprocess import against_background, drop_large, refined_masks
 from .recurrence import Alive, RecurrentUnit
 from .text import PassTexts, TextEmbeddings, TextEncoder
 
@@ -216,7 +216,8 @@ class ClipAsRnn:
         soft, masks = refined_masks(picture.image, alive.maps, config)
         scores = alive.scores.numpy()
         if config.refine == "tap" and masks.any():
-            masks = self._refine_with_tap(picture, masks, soft, scores, config)
+            certain = against_background(soft, config.bg_factor)
+            masks = self._refine_with_tap(picture, masks, certain, scores, config)
         found = FoundMasks([part.ids[row] for row in alive.ids], scores, soft, masks, part.global_trace(alive.trace))
         large = drop_large(masks, config.max_area)
         if large.any():

@@ -22,6 +22,12 @@ def with_background(soft_masks: Float32Array, factor: float = 1.0) -> Float32Arr
     return np.concatenate([(1 - soft_masks.max(axis=0, keepdims=True)) ** np.float32(factor), soft_masks])
 
 
+def against_background(soft_masks: Float32Array, factor: float) -> Float32Array:
+    """(M, H, W) in 0..1 -> what each mask holds against the background alone; the same at a factor of 1."""
+    background: Float32Array = (1 - soft_masks) ** np.float32(factor)
+    return np.asarray(soft_masks / (soft_masks + background), dtype=np.float32)
+
+
 def refined_masks(image: Image.Image, maps: Tensor, config: CarConfig) -> tuple[Float32Array, BoolArray]:
     """Soft masks of the kept queries at the size of the picture, and what they are decided to be.
 
@@ -73,4 +79,4 @@ def drop_large(masks: BoolArray, max_area: float) -> BoolArray:
     return masks.mean(axis=(1, 2)) > max_area
 
 
-__all__ = ["drop_large", "refined_masks", "with_background", "wrapped_bgr"]
+__all__ = ["against_background", "drop_large", "refined_masks", "with_background", "wrapped_bgr"]

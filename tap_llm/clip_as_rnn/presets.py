@@ -27,16 +27,17 @@ _DEFAULT = CarConfig(
 # The names of stuff in ADE and Context-459 are the user's to give: `config.updated(stuff=[...])`.
 PRESETS: dict[str, CarConfig] = {
     "default": _DEFAULT,
-    # The attention of tap-tiny-clip groups no patches, and the views of its training were distorted, not cropped; the
-    # last three are what tap-tiny makes of such masks. Found on scenes.
+    # tap-tiny-clip learned from distorted views, not cropped ones, and background words for what is no object; its maps
+    # are low beside their peaks (bg_factor). The last three are what tap-tiny makes of such masks. Found on scenes.
     "tiny": _DEFAULT.updated(
         f=BUNDLED_CLIP,
         g=BUNDLED_CLIP,
-        cam="grad_cam",
         g_resize="squash",
-        prompts=("black", "gray"),
-        keep_threshold=0.5,
-        tap_min_iou=0.3,
+        g_background=True,
+        mask_threshold=0.4,
+        keep_threshold=0.1,
+        bg_factor=8.0,
+        tap_min_iou=0.2,
         tap_choice="agreeing",
         tap_sharpen=True,
     ),

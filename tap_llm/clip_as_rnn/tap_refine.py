@@ -29,6 +29,7 @@ BATCH_SIZE = 64
 
 _SLOTS = (0, 5, 6, 7)  # of a box row and a points row, four each: TAP answers boxes in slot 0, points in 1 to 3
 _GROWTH = 1.25  # a further answer must raise the agreement by a quarter
+_NOTHING = 1e-6  # in place of a union without pixels
 _CERTAINTY = 0.6  # how sure sharpening is of a mask before it looks at the edges
 
 
@@ -150,7 +151,7 @@ def _agreeing(parts: Sequence[tuple[TightMask, list[_Answer]]], weights: Float32
     while True:
         gains = np.array([_gain(union, answer.mask, weights) for answer in answers])
         shared = inside + gains[:, 0]
-        agreements = shared / (area + gains[:, 1] + total - shared)
+        agreements = shared / np.maximum(area + gains[:, 1] + total - shared, _NOTHING)
         best = int(np.argmax(agreements * expected))
         if agreements[best] <= _GROWTH * agreement:
             return union

@@ -8,7 +8,7 @@ import pytest
 from tap_llm.clip_as_rnn import CarOutput
 from tap_llm.clip_as_rnn.outputs import paint_labels
 from tap_llm.clip_as_rnn.passes import plan_passes
-from tap_llm.clip_as_rnn.postprocess import drop_large, with_background, wrapped_bgr
+from tap_llm.clip_as_rnn.postprocess import against_background, drop_large, with_background, wrapped_bgr
 from tap_llm.clip_as_rnn.presets import get_preset
 from tap_llm.regions import parse_region
 
@@ -62,6 +62,15 @@ def test_background_is_what_no_query_claims() -> None:
     soft = np.array([[[0.2, 0.7]], [[0.5, 0.1]]], dtype=np.float32)
     assert with_background(soft)[0, 0] == pytest.approx([0.5, 0.3])
     assert with_background(soft, 2)[0, 0] == pytest.approx([0.25, 0.09])
+
+
+def test_masks_against_the_background_alone() -> None:
+    """The first class that beats the background there lies above one half."""
+    soft = np.array([[[0.0, 0.1, 0.5, 1.0]]], dtype=np.float32)
+    assert against_background(soft, 1.0) == pytest.approx(soft)
+    assert against_background(soft, 8.0)[0, 0] == pytest.approx([0, 0.1 / (0.1 + 0.9**8), 0.5 / (0.5 + 0.5**8), 1])
+    background, own = with_background(soft, 8.0)
+    assert np.array_equal(against_background(soft, 8.0)[0] > 0.5, own > background)
 
 
 @pytest.mark.parametrize(("level", "expected"), [(110, [5, 250, 244]), (118, [13, 1, 252])])

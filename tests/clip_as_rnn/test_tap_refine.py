@@ -147,6 +147,14 @@ def test_of_answers_that_agree_alike_the_one_that_tap_expects_more_of_is_taken(e
     assert alike(refined, boxes(taken))
 
 
+def test_a_soft_mask_of_zeros_agrees_with_nothing() -> None:
+    """Not even with answers that are empty, which would be an agreement of 0 / 0."""
+    stack = boxes(A)[None]
+    tap = GivenTap([None] * 4, [A] * 4)
+    refined = refine_masks(tap, Image.new("RGB", (SIDE, SIDE)), stack, 0 * ONES, [1.0], choice="agreeing")
+    assert np.array_equal(refined, stack)
+
+
 def test_sharpening_moves_edges_to_those_of_the_picture() -> None:
     true = (18, 18, 66, 64)
     colours = np.where(boxes(true)[..., None], [30, 60, 200], [230, 160, 40]).astype(np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from training.clip import ClipSize, ClipTrainConfig, make_clip
 from training.clip_batches import ClipDataConfig, ClipPictures
 from training.config import from_dict, load_config
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tap_tiny_clip" / "clip.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tap_tiny_clip" / "1_clip.yaml"
 SIZE = ClipSize(
     image_size=64, hidden_size=32, layers=2, heads=2, mlp=48, text_hidden_size=16, text_layers=1, text_heads=2,
     text_mlp=24, projection=16, vocabulary=400,
@@ -86,6 +86,25 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("parts", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_goes_on_from_a_finished_model(tmp_path: Path) -> None:
+    """With its sizes, tokenizer and colours, whatever the sizes of the configuration say."""
+    first = clip.main(settings(tmp_path / "first"))
+    colours = json.loads((first / "preprocessor_config.json").read_text()) | {"image_mean": [0.4, 0.5, 0.6]}
+    (first / "preprocessor_config.json").write_text(json.dumps(colours))
+    config = settings(tmp_path / "second", steps=1)
+    config.model = ClipSize(start=str(first))
+    config.optimizer.learning_rate = 0.0
+    second = clip.main(config)
+    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert (second / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    assert json.loads((second / "preprocessor_config.json").read_text())["image_mean"] == [0.4, 0.5, 0.6]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (first / name).unlink()
+    with pytest.raises(InputError, match="has no tokenizer, without which it cannot go on"):
+        clip.main(replace(config, run=replace(config.run, output_dir=str(tmp_path / "third"))))
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tap_llm.clip_as_rnn.vocabulary import BACKGROUND, ORIGAMI, TEMPLATES
 from tap_llm.data.scenes import SceneComposer
+from tap_llm.data.shapes import SHAPE_NAMES
 from tap_llm.data.sprites import Sprite, SpriteLibrary
 from tap_llm.data.wording import Thing
 from tap_llm.errors import InputError
@@ -114,9 +116,12 @@ def test_coarse_masks_stay_near_the_object() -> None:
     mask[32:64, 32:64] = True
     areas = [coarse(rng, mask, 16).sum() / mask.sum() for _ in range(20)]
     assert min(areas) > 0.5 and max(areas) < 3 and np.std(areas) > 0.05
+    partial = [coarse(rng, mask, 8, partial=True) for _ in range(20)]
+    assert all(part.any() and (part & mask).sum() > 0.5 * part.sum() for part in partial)
+    assert np.mean([part.sum() for part in partial]) < 0.8 * np.mean(areas) * mask.sum()
     tiny = np.zeros((96, 96), dtype=bool)
     tiny[50, 50] = True
-    assert coarse(rng, tiny, 16).any()
+    assert coarse(rng, tiny, 16).any() and coarse(rng, tiny, 16, partial=True).any()
 
 
 def test_blobs_keep_to_what_is_free() -> None:
@@ -132,9 +137,10 @@ def test_blobs_keep_to_what_is_free() -> None:
 # Pictures and batches
 
 
-def test_windows_show_picture_and_ids_alike() -> None:
+@pytest.mark.parametrize("size", [(96, 96), (110, 80), (70, 50)])
+def test_windows_show_picture_and_ids_alike(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    scene = SceneComposer().scene(4, (96, 96))
+    scene = SceneComposer().scene(4, size)
     ids = painted(scene)
     assert all(np.array_equal(ids == index, mask) for index, mask in enumerate(scene.masks))
     flat = np.repeat(((ids + 1) * 20).astype(np.uint8)[..., None], 3, axis=2)
@@ -178,14 +184,37 @@ def test_held_out_names_are_never_said() -> None:
     pixels = np.full((40, 40, 4), 255, dtype=np.uint8)
     sprites = [Sprite(f"gizmo{n}", f"a gizmo{n}", "object", "object", "object", (), pixels) for n in range(10)]
     known, novel = SpriteLibrary(sprites).split_names(0.3)
-    pictures = ClipPictures(CONFIG, 64, 16, composer=SceneComposer(known))
+    pictures = ClipPictures(CONFIG, 64, 16, composers=(SceneComposer(known), SceneComposer()))
     said = " ".join(pictures.texts(2))
     assert all(name in said for name in known.names) and not any(name in said for name in novel.names)
+
+
+def test_bundled_pictograms_have_a_share() -> None:
+    """What may be said then names them too."""
+    bundled = set(SpriteLibrary.bundled().names) - set(SHAPE_NAMES)
+    config = replace(CONFIG, bundled_share=1.0)
+    pictures = ClipPictures(config, 64, 16)
+    assert bundled <= pictures.names and not bundled & ClipPictures(CONFIG, 64, 16).names
+    things = [thing for number in range(8) for thing in pictures[number].things]
+    assert 0.5 < np.mean([thing.name in bundled for thing in things]) < 1  # the others are drawn shapes
+    assert len(pictures.vocabulary) == len(set(pictures.vocabulary))
+
+
+def test_scenes_have_sides_of_all_ratios() -> None:
+    pictures = ClipPictures(replace(CONFIG, aspect=2.0), 64, 16)
+    rng = np.random.default_rng(0)
+    sizes = [pictures._scene_size(rng) for _ in range(50)]
+    ratios = [width / height for width, height in sizes]
+    assert min(ratios) < 0.6 and max(ratios) > 1.7 and min(ratios) > 0.49 and max(ratios) < 2.05
+    assert all(64 <= max(size) <= 96 for size in sizes)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"aspect": 0.5}, "data.aspect must lie between 1 and 4"),
+        ({"bundled_share": 2.0}, "data.bundled_share must lie between 0 and 1"),
+        ({"bundled_share": 0.5, "hold_out": 0.1}, "data.bundled_share would show names that data.hold_out leaves out"),
         ({"mosaic_share": 1.5}, "data.mosaic_share must lie between 0 and 1"),
         ({"alone_share": 0.6, "background_share": 0.6}, "add up to at most 1"),
         ({"distractors": -1}, "data.distractors must not be negative"),

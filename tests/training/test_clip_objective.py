@@ -9,6 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tap_llm.clip_as_rnn.affinity import refine_cams
+from tap_llm.clip_as_rnn.cam import encode_patches
+from tap_llm.clip_as_rnn.loading import eager_float32
+from tap_llm.data.crops import CropSettings
 from training.clip import ClipSize, make_clip, make_image_processor
 from training.clip_batches import ClipBatches, ClipDataConfig, ClipPictures
 from training.clip_objective import (
@@ -20,6 +24,7 @@ from training.clip_objective import (
     cam_overlap,
     divergence,
     patch_owners,
+    refined_cams,
     region_means,
 )
 from training.clip_tokenizer import train_clip_tokenizer
@@ -40,8 +45,9 @@ def batches() -> ClipBatches:
 @pytest.fixture
 def objective(batches: ClipBatches) -> ClipObjective:
     torch.manual_seed(0)
-    processor = make_image_processor(SIZE)
     clip = make_clip(SIZE, batches.tokenizer)
+    clip.set_attn_implementation("eager")
+    processor = make_image_processor(CropSettings.of_tower(clip))
     return ClipObjective(clip, processor.image_mean, processor.image_std, ClipLossConfig())
 
 
@@ -96,7 +102,7 @@ def test_overlap_of_cams() -> None:
 
 def test_tokens_and_texts_are_those_of_plain_clip(objective: ClipObjective, batches: ClipBatches) -> None:
     batch, clip = batches[0], objective.clip.eval()
-    processor = make_image_processor(SIZE)
+    processor = make_image_processor(CropSettings.of_tower(clip))
     pixels = processor(list(batch["images"].numpy()), return_tensors="pt")["pixel_values"]
     output = clip(input_ids=batch["input_ids"], pixel_values=pixels)
     seen = objective.look(batch["images"])
@@ -134,6 +140,20 @@ def test_cams_are_gradients_of_probabilities(objective: ClipObjective, batches: 
         torch.testing.assert_close(shapes[position], batch["cover"][true].sum(0))
 
 
+def test_cams_are_refined_as_car_does(objective: ClipObjective, batches: ClipBatches) -> None:
+    """With boxes around all that is above zero."""
+    images = batches[0]["images"][:2]
+    model = eager_float32(objective.clip).requires_grad_(False)
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - objective.mean) / objective.std
+    features = [encode_patches(model, pixels[index : index + 1]) for index in range(2)]
+    cams = torch.rand(2, 16, generator=torch.Generator().manual_seed(0)) + 0.01
+    found = refined_cams(cams, objective.look(images).attention)
+    for index in range(2):
+        wanted = refine_cams(features[index].affinity, cams[index].reshape(1, 4, 4) / cams[index].max(), 0.0)
+        torch.testing.assert_close(found[index] / found[index].max(), wanted.flatten(), atol=1e-4, rtol=1e-3)
+    assert refined_cams(cams[:0], objective.look(images).attention[:0]).shape == (0, 16)
+
+
 # The whole
 
 
@@ -152,7 +172,7 @@ def test_losses_are_finite_and_reach_every_weight(objective: ClipObjective, batc
     assert all("k_proj.bias" in name for name in fixed)  # no softmax feels the bias of keys
 
 
-@pytest.mark.parametrize("name", ["patch", "region", "view", "caption", "cam"])
+@pytest.mark.parametrize("name", ["patch", "region", "view", "caption", "cam", "affinity"])
 def test_each_loss_falls_on_its_own(objective: ClipObjective, batches: ClipBatches, name: str) -> None:
     batch = batches[0]
     optimizer = torch.optim.AdamW(objective.parameters(), 3e-3)
