@@ -32,6 +32,7 @@ from training.models import random_concepts
 from training.objective import LossConfig, PromptConfig, RegionObjective
 from training.optimization import schedule_factor
 from training.pretrain import PretrainConfig
+from training.tell import TellConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -42,6 +43,7 @@ CLASSES = {
     "clip": ClipTrainConfig,
     "caption": CaptionConfig,
     "language": LanguageConfig,
+    "tell": TellConfig,
     "align": AlignConfig,
     "chat": ChatConfig,
 }
