@@ -47,6 +47,10 @@ class TalkConfig:
     """So many scenes are talked about again and again, which takes less time; 0: each conversation has a new one."""
     kinds: list[str] = field(default_factory=list)
     """Kinds of questions (see `instructions.KINDS`); none: all."""
+    focus: list[str] = field(default_factory=list)
+    """Kinds that are asked more often, until they are learned."""
+    focus_share: float = 0.0
+    """Share of conversations with questions of these alone."""
     single: int = 0
     """So many conversations at the start have one question each: what words say is found sooner in short ones."""
     told_share: float = 0.9
@@ -58,7 +62,12 @@ class TalkConfig:
             raise InputError(f"data.told_share must lie between 0 and 1, got {self.told_share}")
         if min(self.single, self.scenes) < 0:
             raise InputError(f"data.single and data.scenes must not be negative, got {self.single} and {self.scenes}")
-        check_kinds(self.kinds)
+        check_kinds([*self.kinds, *self.focus])
+        if not 0 <= self.focus_share <= 1 or bool(self.focus_share) != bool(self.focus):
+            raise InputError(
+                f"data.focus names kinds of questions and data.focus_share, up to 1, how often they come; got "
+                f"{self.focus} and {self.focus_share}"
+            )
         if len(self.scene_size) != 2 or min(self.scene_size) < 1:
             raise InputError(f"data.scene_size must be width and height, got {self.scene_size}")
 
@@ -100,16 +109,18 @@ class Talks:
 
     def for_validation(self) -> Talks:
         """Other conversations of the same kind, of any length from the start."""
-        return Talks(replace(self.config, single=0), VALIDATION_SEED, self.composer)
+        config = replace(self.config, single=0, focus=[], focus_share=0.0)
+        return Talks(config, VALIDATION_SEED, self.composer)
 
     def __getitem__(self, number: int) -> Talk:
         """Conversation n; raises InputError if twenty scenes in turn have nothing to ask about."""
         config, rng = self.config, np.random.default_rng((self.seed, number))
         told = bool(rng.random() < config.told_share)
         turns = 1 if number < config.single else None
+        kinds = config.focus if rng.random() < config.focus_share else config.kinds
         for _ in range(_ATTEMPTS):
             scene, boxes = self._scene(int(rng.integers(config.scenes or 2**31)))
-            conversation = converse(scene, int(rng.integers(2**31)), turns, config.kinds or None)
+            conversation = converse(scene, int(rng.integers(2**31)), turns, kinds or None)
             if conversation.questions:
                 return Talk(scene, boxes, conversation.messages, told)
         raise InputError(f"{_ATTEMPTS} scenes in turn have nothing to ask about; allow more kinds of questions")

@@ -1,6 +1,6 @@
 """Stage 1 of region chat for a language model of `training.language`: the projector says what words would have said.
 
-    accelerate launch -m training.tell --config configs/tap_tiny_chat/7_tell.yaml [key=value …] [--resume]
+    accelerate launch -m training.tell --config configs/tap_tiny_chat/4_tell.yaml [key=value …] [--resume]
 
 That language model has learned to read a region off one embedding: the sum of all words about it, and a code of its
 box. Here the projector is fitted to just these sums, on scenes that TAP has read (`data.store`), and takes over the
