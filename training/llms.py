@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,18 @@ def _open_scenes(
     return stored
 
 
+def adapter_saver(
+    model: TapLlmForConditionalGeneration, processor: TapLlmProcessor
+) -> Callable[[dict[str, Tensor], Path], None]:
+    """What writes the adapter of a trainee that holds the model as `model`; see [`Recipe`]."""
+
+    def save(state: dict[str, Tensor], folder: Path) -> None:
+        ours = {key.removeprefix("model."): value for key, value in state.items()}
+        save_adapter(model, folder, processor, state_dict=ours)
+
+    return save
+
+
 def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processor: TapLlmProcessor) -> Path:
     """Train what of the model is not frozen on conversations; returns the folder of the adapter.
 
@@ -160,15 +173,11 @@ def train_dialogues(config: Any, model: TapLlmForConditionalGeneration, processo
     def batches(dialogues: Dialogues, length: int | None = None) -> DialogueBatches:
         return DialogueBatches(dialogues, processor, run.batch_size, length)
 
-    def save(state: dict[str, Tensor], folder: Path) -> None:
-        ours = {key.removeprefix("model."): value for key, value in state.items()}
-        save_adapter(model, folder, processor, state_dict=ours)
-
     recipe = Recipe(
         trainee=ChatObjective(model),
         batches=batches(Dialogues(config.data, run.seed, caches=caches, stored=stored)),
         validation=batches(Dialogues(config.data, validation=True, caches=caches, stored=stored), VALIDATION_BATCHES),
-        save=save,
+        save=adapter_saver(model, processor),
         better="accuracy",
     )
     return fit(recipe, run, config.optimizer, to_dict(config))

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tap_llm.errors import InputError
-from tap_llm.region_llm.adapters import save_adapter
 from tap_llm.region_llm.lora import freeze_for_alignment
 from tap_llm.region_llm.modeling_tap_llm import TapLlmForConditionalGeneration
 
 from .config import main_of, to_dict
 from .language_objective import load_region_code, told_embeddings
-from .llms import ChatRecipeConfig, build_llm, open_tokens
+from .llms import ChatRecipeConfig, adapter_saver, build_llm, open_tokens
 from .loop import check, fit
 from .recipe import Metrics, Recipe, Sums
 from .stored_scenes import StoredScenes
@@ -130,15 +129,11 @@ def main(config: TellConfig) -> Path:
     _, stored = open_tokens(config.data, model, processor)
     assert stored is not None
 
-    def save(state: dict[str, Tensor], folder: Path) -> None:
-        ours = {key.removeprefix("model."): value for key, value in state.items()}
-        save_adapter(model, folder, processor, state_dict=ours)
-
     recipe = Recipe(
         trainee=TellObjective(model),
         batches=ToldRegions(stored, processor.tokenizer, run.batch_size, run.seed),
         validation=ToldRegions(stored, processor.tokenizer, run.batch_size, run.seed, validation=True),
-        save=save,
+        save=adapter_saver(model, processor),
         better="cosine",
     )
     return fit(recipe, run, config.optimizer, to_dict(config))
